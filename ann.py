@@ -1,0 +1,113 @@
+"""Asymmetric Non-local Neural Networks (ANN).
+
+Zhu, Xu, Bai, Huang, Bai (ICCV 2019), https://arxiv.org/abs/1908.07678
+
+A non-local block compares each of N positions with all N. Here the keys and values are sampled to S = 110 of them, by
+pyramid pooling to 1x1, 3x3, 6x6 and 8x8, so that time and memory are linear in N:
+
+    section 3.2                                     here, in AsymmetricNonLocalBlock
+    phi = W_phi(X), theta = W_theta(X)              query, key: 1x1 convolution, BatchNorm, ReLU
+    gamma = W_gamma(X)                              value: 1x1 convolution
+    theta_P = P(theta), gamma_P = P(gamma)          PyramidPooling
+    V_P = softmax(phi^T theta_P)                    attention, scaled by 1/sqrt(256) in the published models
+    O_P = V_P gamma_P^T, W_o                        context, out_project
+    Y_P = cat(W_o(O_P^T), X)                        the 1x1 bottleneck of APNB and AFNB, in place of a residual addition
+
+    AFNB, section 3.4   fuses two stages: queries from stage 4, keys and values from stage 3
+    APNB, section 3.3   lets the fused features attend to themselves, with one projection for query and key
+"""
+
+# fmt: off
+# (By hand, so that the shapes stand in a column.)
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from resnet_d8 import ConvBNReLU, Head, Segmentor
+
+
+class PyramidPooling(nn.Module):
+    """(N, C, H, W) to (N, C, S): the averages over grids of 1x1, 3x3, 6x6 and 8x8 cells, S = 110 (figure 4)."""
+
+    def forward(self, x):
+        return torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in (1, 3, 6, 8)], dim=2)
+
+
+class AsymmetricNonLocalBlock(nn.Module):
+    """What the positions of `x` gather from 110 samples of `y`: (N, C_x, H, W) and (N, C_y, H, W) to (N, C_x, H, W).
+
+    shared  one projection serves as query and key
+    """
+
+    def __init__(self, x_channels, y_channels, channels, shared):
+        super().__init__()
+        self.key_project = ConvBNReLU(y_channels, channels, 1)
+        self.query_project = self.key_project if shared else ConvBNReLU(x_channels, channels, 1)
+        self.value_project = nn.Conv2d(y_channels, channels, 1)
+        self.out_project = nn.Conv2d(channels, x_channels, 1)
+        self.pool = PyramidPooling()
+        nn.init.zeros_(self.out_project.weight)
+        nn.init.zeros_(self.out_project.bias)
+
+    def forward(self, x, y):                                                    # (N, C_x, H, W), (N, C_y, H, W)
+        query = self.query_project(x).flatten(2)                                # (N, 256, HW)
+        key = self.pool(self.key_project(y))                                    # (N, 256, S)
+        # Averaging commutes with W_gamma, and so does W_o with the attention, whose weights sum to one: both are
+        # applied to the S samples instead of the HW positions.
+        value = self.out_project(self.value_project(self.pool(y)[..., None]))   # (N, C_x, S, 1)
+        attention = (query.transpose(1, 2) @ key * key.shape[1] ** -0.5).softmax(2)  # (N, HW, S)
+        context = value[..., 0] @ attention.transpose(1, 2)                     # (N, C_x, HW)
+        return context.unflatten(2, x.shape[2:])                                # (N, C_x, H, W)
+
+
+class AFNB(nn.Module):
+    """Asymmetric Fusion Non-local Block: stages 3 and 4 to features of stage 4's shape."""
+
+    def __init__(self, low_channels, high_channels, channels):
+        super().__init__()
+        self.stages = nn.ModuleList([AsymmetricNonLocalBlock(high_channels, low_channels, channels, shared=False)])
+        self.bottleneck = ConvBNReLU(2 * high_channels, high_channels, 1, relu=False)
+
+    def forward(self, c3, c4):                                  # (N, 1024, H, W), (N, 2048, H, W)
+        context = self.stages[0](c4, c3)                        # (N, 2048, H, W)
+        return self.bottleneck(torch.cat([context, c4], dim=1)) # (N, 2048, H, W)
+
+
+class APNB(nn.Module):
+    """Asymmetric Pyramid Non-local Block: (N, 512, H, W) to the same shape."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        self.stages = nn.ModuleList([AsymmetricNonLocalBlock(in_channels, in_channels, channels, shared=True)])
+        self.bottleneck = ConvBNReLU(2 * in_channels, in_channels, 1)
+
+    def forward(self, x):                                       # (N, 512, H, W)
+        context = self.stages[0](x, x)                          # (N, 512, H, W)
+        return self.bottleneck(torch.cat([context, x], dim=1))  # (N, 512, H, W)
+
+
+class ANNHead(Head):
+    """AFNB, a 3x3 convolution, APNB, classifier (figure 5)."""
+
+    def __init__(self, c3_channels, c4_channels, channels, num_classes):
+        super().__init__(channels, num_classes)
+        self.fusion = AFNB(c3_channels, c4_channels, channels // 2)
+        self.bottleneck = ConvBNReLU(c4_channels, channels, 3)
+        self.context = APNB(channels, channels // 2)
+
+    def forward(self, c3, c4):                                  # (N, 1024, H, W), (N, 2048, H, W)
+        x = self.dropout(self.fusion(c3, c4))                   # (N, 2048, H, W)
+        x = self.context(self.bottleneck(x))                    # (N, 512, H, W)
+        return self.classify(x)                                 # (N, K, H, W)
+
+
+class ANN(Segmentor):
+    """ANN for segmentation; the arguments, input and output are Segmentor's."""
+
+    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
+        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+        self.decode_head = ANNHead(*self.backbone.channels[2:], self.channels, num_classes)
+
+    def decode(self, c3, c4):
+        return self.decode_head(c3, c4)

@@ -1,0 +1,243 @@
+"""The presets, the data sets as pairs of image and label, and the transforms of training.
+
+Images are uint8 RGB (H, W, 3), labels uint8 (H, W): the class, or 255 (VOID) where there is none. Sizes are (height,
+width), but a scale is (long side, short side), as the published recipes name it.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+import shapes
+from layouts import INVALID, LAYOUTS, VOID, InputError
+
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+class Preset(NamedTuple):
+    """The published recipe: batch is per GPU, for 4 of them; with a stride, inference slides a window of the crop."""
+
+    scale: tuple | None
+    crop: tuple
+    batch: int
+    iters: int
+    lr: float
+    align_corners: bool
+    stride: tuple | None
+
+
+PRESETS = {
+    #                     long, short  crop h, w  batch  iters  lr  align_corners  stride
+    "cityscapes": Preset((2048, 1024), (512, 1024), 2, 40_000, 0.01, False, None),
+    "cityscapes769": Preset((2049, 1025), (769, 769), 2, 40_000, 0.01, True, (513, 513)),
+    "ade20k": Preset((2048, 512), (512, 512), 4, 80_000, 0.01, False, None),
+    "voc12aug": Preset((2048, 512), (512, 512), 4, 20_000, 0.01, False, None),
+    "folder": Preset(None, (512, 512), 4, 20_000, 0.01, False, None),  # None: each image at its own size
+    "shapes": Preset(None, (64, 64), 8, 240, 0.03, False, None),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- data sets
+
+
+def read_image(path):
+    try:
+        image = decode_image(read_file(str(path)), ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: cannot be read as an image ({str(error).splitlines()[0]})") from None
+    return image.permute(1, 2, 0)
+
+
+def read_label(path, table):
+    try:
+        with Image.open(path) as file:
+            mode, values = file.mode, np.asarray(file)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a label ({error})") from None
+    if mode not in ("L", "P"):
+        raise InputError(f"{path}: a label must be an 8-bit grey or palette PNG of class indices; this one is {mode}")
+    label = table[values]
+    if (label == INVALID).any():
+        value, allowed = values[label == INVALID][0], np.flatnonzero(table != INVALID)[[0, -2]]
+        raise InputError(f"{path}: holds the value {value}; labels are {allowed[0]} to {allowed[1]}, and 255 for void")
+    return torch.from_numpy(label)
+
+
+class SegmentationData(Dataset):
+    """One split of a data set. Item i is (image, label) as the module says; label is None where the split has none.
+
+    classes, palette    names and RGB colours
+    files               (image path, label path or None) of each item; `shapes` has names only
+    """
+
+    def __init__(self, name, root, split):
+        self.name, self.split = name, split
+        if name == "shapes":
+            self.classes, self.palette = shapes.CLASSES, shapes.PALETTE
+            self.files = [(Path(f"{split}{i:05}"), None) for i in range(shapes.COUNTS.get(split, 0))]
+        else:
+            root = Path(root or f"data/{name.removesuffix('769')}")
+            self.files, self.classes, self.palette, self.table = LAYOUTS[name](root, split)
+        if not self.files:
+            raise InputError(f"{root or name}: there are no images in the split {split!r}")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        if self.name == "shapes":
+            return tuple(torch.from_numpy(array) for array in shapes.draw(self.split, i))
+        image_path, label_path = self.files[i]
+        image = read_image(image_path)
+        if label_path is None:
+            return image, None
+        label = read_label(label_path, self.table)
+        if image.shape[:2] != label.shape:
+            (h, w), (label_h, label_w) = image.shape[:2], label.shape
+            raise InputError(f"{label_path}: is {label_w}x{label_h}, but its image {image_path} is {w}x{h}")
+        return image, label
+
+
+# -------------------------------------------------------------------------------------------------------- transforms
+
+
+def keep_ratio(size, scale):
+    """The (height, width) of an image enlarged or shrunk as far as a scale (long side, short side) admits."""
+    factor = min(max(scale) / max(size), min(scale) / min(size))
+    return tuple(max(int(side * factor + 0.5), 1) for side in size)
+
+
+def resize(image, size, window=None):
+    """Bilinear with half-pixel centres and no antialiasing, as OpenCV's INTER_LINEAR, to within one grey level.
+
+    image uint8 (H, W, 3) -> uint8 (*size, 3), or only its window (top, left, height, width).
+    """
+    top, left, h, w = window or (0, 0, *size)
+    y = (torch.arange(top, top + h) + 0.5) * (2 / size[0]) - 1
+    x = (torch.arange(left, left + w) + 0.5) * (2 / size[1]) - 1
+    grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
+    source = image.permute(2, 0, 1)[None].float()
+    out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=False)
+    return out[0].permute(1, 2, 0).round().to(torch.uint8)
+
+
+class TrainData(Dataset):
+    """Random crops of a data set, ready to be stacked.
+
+    Item (position, i) is image i as the sample at a position in the run. All its randomness comes from (seed,
+    position), so that it does not depend on which worker makes it, nor on what was made before.
+    """
+
+    def __init__(self, data, crop, scale, seed):
+        self.data, self.crop, self.scale, self.seed = data, crop, scale, seed
+
+    def __getitem__(self, key):
+        position, i = key
+        rng = np.random.default_rng((self.seed, position))
+        image, label = self.data[i]
+        ratio = rng.uniform(0.5, 2)
+        size = keep_ratio(label.shape, [int(side * ratio) or 1 for side in self.scale or label.shape])
+        # The label is resized to the nearest pixel on the image's own grid, and the crop is chosen on it; of the image,
+        # only what the crop shows is resized.
+        label = label[nearest(label.shape[0], size[0])][:, nearest(label.shape[1], size[1])]
+        for _ in range(11):
+            top, left = (int(rng.integers(max(side - c, 0) + 1)) for side, c in zip(size, self.crop, strict=True))
+            crop = label[top : top + self.crop[0], left : left + self.crop[1]]
+            counts = np.bincount(crop.flatten(), minlength=256)[:VOID]
+            if np.count_nonzero(counts) > 1 and counts.max() < 0.75 * counts.sum():
+                break
+        image = resize(image, size, (top, left, *crop.shape))
+        if rng.random() < 0.5:
+            image, crop = image.flip(1), crop.flip(1)
+        bottom, right = self.crop[0] - crop.shape[0], self.crop[1] - crop.shape[1]
+        return {
+            "image": F.pad(image, (0, 0, 0, right, 0, bottom)),
+            "label": F.pad(crop, (0, right, 0, bottom), value=VOID),
+            "size": torch.tensor(crop.shape),
+            "colour": draw_colour(rng),
+            "file": str(self.data.files[i][0]),
+        }
+
+
+def nearest(old, new):
+    return ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
+
+
+def draw_colour(rng):
+    """Photometric distortion of one sample: brightness, contrast, saturation, hue in turns, contrast once more. Each is
+    neutral with probability 1/2; contrast comes either before or after saturation and hue."""
+
+    def maybe(value, neutral):
+        return value if rng.random() < 0.5 else neutral
+
+    contrast, early = maybe(rng.uniform(0.5, 1.5), 1), rng.random() < 0.5
+    brightness, saturation = maybe(rng.uniform(-32, 32), 0), maybe(rng.uniform(0.5, 1.5), 1)
+    hue = maybe(rng.integers(-18, 18) / 180, 0)
+    values = [brightness, contrast if early else 1, saturation, hue, 1 if early else contrast]
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def distort(images, colour):
+    """Photometric distortion of float images (N, 3, H, W) in 0..255, on their device, by `draw_colour`'s (N, 5)."""
+    brightness, contrast, saturation, hue, late_contrast = colour[:, :, None, None, None].unbind(1)
+    x = (images + brightness).clamp(0, 255).floor()
+    x = (x * contrast).clamp(0, 255).floor()
+    # Hue h in 0..6, chroma and value; then back (https://en.wikipedia.org/wiki/HSL_and_HSV, "HSV to RGB alternative").
+    value, chroma = x.amax(1, True), x.amax(1, True) - x.amin(1, True)
+    red, green, blue = (x / chroma.clamp(min=1)).split(1, dim=1)
+    h = torch.where(x[:, 1:2] == value, 2 + blue - red, 4 + red - green)
+    h = torch.where(x[:, 0:1] == value, green - blue, h)
+    k = (h + 6 * hue + torch.tensor([5, 3, 1], device=x.device)[:, None, None]) % 6
+    x = value - torch.minimum(chroma * saturation, value) * torch.minimum(k, 4 - k).clamp(0, 1)
+    return (x.round() * late_contrast).clamp(0, 255).floor()
+
+
+def normalise(images):
+    """Images (N, 3, H, W) in 0..255 by the ImageNet means and deviations, as float32."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    return (images - mean) / std
+
+
+def to_device(batch, device):
+    """What is best done for the whole batch: a stack of TrainData's samples to normalised images (N, 3, H, W), 0 where
+    they are padded, and labels int64 (N, H, W)."""
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "file"}
+    images = batch["image"].permute(0, 3, 1, 2).float()
+    images = normalise(distort(images, batch["colour"]))
+    (height, width), (h, w) = images.shape[2:], batch["size"][:, :, None].unbind(1)
+    rows, columns = torch.arange(height, device=device) < h, torch.arange(width, device=device) < w
+    return images * (rows[:, None, :, None] & columns[:, None, None, :]), batch["label"].long()
+
+
+class Batches:
+    """Sampler of the batches of (position, index) for iterations start..stop of one process among `world`.
+
+    Position p of the run shows image permutation(seed, p // length)[p % length]: the order depends neither on where the
+    run was interrupted nor, given batch * world, on the number of processes.
+    """
+
+    def __init__(self, length, batch, seed, start, stop, rank=0, world=1):
+        self.length, self.batch, self.seed = length, batch, seed
+        self.iterations, self.rank, self.world = range(start, stop), rank, world
+
+    def __len__(self):
+        return len(self.iterations)
+
+    def __iter__(self):
+        epoch, order = None, None
+        for iteration in self.iterations:
+            first = (iteration * self.world + self.rank) * self.batch
+            keys = []
+            for position in range(first, first + self.batch):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                keys.append((position, int(order[position % self.length])))
+            yield keys

@@ -1,0 +1,106 @@
+"""GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond.
+
+Cao, Xu, Lin, Wei, Hu (ICCV Workshops 2019), https://arxiv.org/abs/1904.11492
+
+A non-local block weighs all positions anew for every query, yet the trained weights hardly depend on the query (section
+3.2). So GCNet computes them once, and adds one context vector to every position:
+
+    SNL, eq. 3:  z_i = x_i + W_v  sum_j a_j x_j                         a_j = exp(W_k x_j) / sum_m exp(W_k x_m)
+    GC,  eq. 5:  z_i = x_i + W_v2 ReLU(LN(W_v1 sum_j a_j x_j))
+
+    paper                            here
+    context modelling, W_k           global_attention_pooling, conv_mask
+    transform, W_v                   conv_value
+    transform, W_v1 LN ReLU W_v2     channel_add_conv[0], [1], [2], [3]
+    bottleneck ratio r               ratio (4: C/r channels between W_v1 and W_v2)
+    fusion                           x + ...
+
+The block sits between the two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models.
+"""
+
+# fmt: off
+# (By hand, so that the shapes stand in a column.)
+
+from torch import nn
+
+from resnet_d8 import FCNHead, Segmentor
+
+
+def global_attention_pooling(x, conv_mask):                 # (N, C, H, W)
+    """The context, one vector for the whole image: the positions' mean, weighted by softmax(W_k x) (figure 4a)."""
+    a = conv_mask(x).flatten(2).softmax(dim=2)              # (N, 1, HW)
+    context = x.flatten(2) @ a.transpose(1, 2)              # (N, C, 1)
+    return context[..., None]                               # (N, C, 1, 1)
+
+
+class SimplifiedNonLocalBlock(nn.Module):
+    """SNL (section 4.1, figure 4b): (N, C, H, W) to the same, by a full transform. Starts as the identity."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv_mask = nn.Conv2d(channels, 1, 1)
+        self.conv_value = nn.Conv2d(channels, channels, 1)
+        nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
+        nn.init.zeros_(self.conv_mask.bias)
+        nn.init.zeros_(self.conv_value.weight)
+        nn.init.zeros_(self.conv_value.bias)
+
+    def forward(self, x):                                       # (N, C, H, W)
+        context = global_attention_pooling(x, self.conv_mask)   # (N, C, 1, 1)
+        return x + self.conv_value(context)                     # (N, C, H, W)
+
+
+class GCBlock(nn.Module):
+    """GC (section 4.3, figure 4d): (N, C, H, W) to the same, by a bottleneck transform. Starts as the identity."""
+
+    def __init__(self, channels, ratio=4):
+        super().__init__()
+        self.conv_mask = nn.Conv2d(channels, 1, 1)
+        self.channel_add_conv = nn.Sequential(
+            nn.Conv2d(channels, channels // ratio, 1),
+            nn.LayerNorm([channels // ratio, 1, 1]),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels // ratio, channels, 1),
+        )
+        nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
+        nn.init.zeros_(self.conv_mask.bias)
+        nn.init.zeros_(self.channel_add_conv[3].weight)
+        nn.init.zeros_(self.channel_add_conv[3].bias)
+
+    def forward(self, x):                                       # (N, C, H, W)
+        context = global_attention_pooling(x, self.conv_mask)   # (N, C, 1, 1)
+        return x + self.channel_add_conv(context)               # (N, C, H, W)
+
+
+class GCHead(FCNHead):
+    def __init__(self, in_channels, channels, num_classes):
+        super().__init__(in_channels, channels, num_classes)
+        self.gc_block = GCBlock(channels)
+
+    def context(self, x):                                       # (N, 512, H, W)
+        return self.gc_block(x)
+
+
+class GCNet(Segmentor):
+    """GCNet for segmentation; the arguments, input and output are Segmentor's."""
+
+    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
+        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+        self.decode_head = GCHead(self.backbone.channels[3], self.channels, num_classes)
+
+
+class SNLHead(FCNHead):
+    def __init__(self, in_channels, channels, num_classes):
+        super().__init__(in_channels, channels, num_classes)
+        self.snl_block = SimplifiedNonLocalBlock(channels)
+
+    def context(self, x):                                       # (N, 512, H, W)
+        return self.snl_block(x)
+
+
+class SNLNet(Segmentor):
+    """The ablation's step between NonLocalNet and GCNet; the arguments, input and output are Segmentor's."""
+
+    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
+        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+        self.decode_head = SNLHead(self.backbone.channels[3], self.channels, num_classes)

@@ -1,0 +1,213 @@
+"""What the models share: the dilated ResNet, the FCN head, and the frame that joins a backbone with its heads.
+
+    He et al., Deep Residual Learning (CVPR 2016)          https://arxiv.org/abs/1512.03385
+    Long et al., Fully Convolutional Networks (CVPR 2015)  https://arxiv.org/abs/1411.4038
+    Zhao et al., PSPNet (CVPR 2017), sections 3.2 and 3.3  https://arxiv.org/abs/1612.01105
+
+    images -> ResNetD8 -> c1 (1/4 size), c2, c3, c4 (1/8) -> decode_head(c4) -> logits at 1/8 -> resized to the images
+                                         c3 -> auxiliary_head -> logits of the auxiliary loss, in training only
+
+Parameter names are those of the published checkpoints, so that these load as they are.
+"""
+
+# fmt: off
+# (By hand, so that the shapes stand in a column.)
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution, BatchNorm and, unless `relu=False`, ReLU. Keeps the size."""
+
+    def __init__(self, in_channels, out_channels, kernel, relu=True):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x)))
+
+
+def shortcut(in_channels, out_channels, stride):
+    """The identity where the shapes allow it, else a 1x1 projection (He et al., section 3.3, option B)."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+class BasicBlock(nn.Module):
+    """The residual block of ResNet-18 and 34. Only its first convolution carries stride and dilation."""
+
+    expansion = 1
+
+    def __init__(self, in_channels, channels, stride, dilation):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = shortcut(in_channels, channels, stride)
+        nn.init.zeros_(self.bn2.weight)  # each block starts as its shortcut
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.downsample(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """The residual block of ResNet-50 and 101, with stride and dilation in the 3x3 convolution."""
+
+    expansion = 4
+
+    def __init__(self, in_channels, channels, stride, dilation):
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = shortcut(in_channels, out_channels, stride)
+        nn.init.zeros_(self.bn3.weight)  # each block starts as its shortcut
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.downsample(x), inplace=True)
+
+
+class ResNetD8(nn.Module):
+    """ResNet-v1c (three 3x3 convolutions for the 7x7) of output stride 8: dilation replaces the last two strides."""
+
+    BLOCKS = {
+        18: (BasicBlock, (2, 2, 2, 2)),
+        34: (BasicBlock, (3, 4, 6, 3)),
+        50: (Bottleneck, (3, 4, 6, 3)),
+        101: (Bottleneck, (3, 4, 23, 3)),
+    }
+
+    def __init__(self, depth=50, stem_channels=64):
+        super().__init__()
+        block, counts = self.BLOCKS[depth]
+        half = stem_channels // 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+            nn.Conv2d(half, half, 3, 1, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+            nn.Conv2d(half, stem_channels, 3, 1, 1, bias=False), nn.BatchNorm2d(stem_channels), nn.ReLU(inplace=True),
+        )
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        in_channels, self.channels = stem_channels, [c * block.expansion for c in (64, 128, 256, 512)]
+        for i, (count, stride, dilation) in enumerate(zip(counts, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)):
+            # The first block of a dilated stage sees the previous stage's grid: half the dilation.
+            dilations = [max(dilation // 2, 1)] + [dilation] * (count - 1)
+            blocks = []
+            for d in dilations:
+                blocks.append(block(in_channels, 64 * 2**i, stride, d))
+                in_channels, stride = self.channels[i], 1
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images):              # (N, 3, H, W)
+        x = self.maxpool(self.stem(images)) # (N, 64, H/4, W/4)
+        c1 = self.layer1(x)                 # (N, 256, H/4, W/4), a quarter of the channels in ResNet-18 and 34
+        c2 = self.layer2(c1)                # (N, 512, H/8, W/8)
+        c3 = self.layer3(c2)                # (N, 1024, H/8, W/8)
+        c4 = self.layer4(c3)                # (N, 2048, H/8, W/8)
+        return c1, c2, c3, c4
+
+
+class Head(nn.Module):
+    """The end of every head: dropout of whole channels, then a 1x1 convolution to the classes."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def classify(self, x):
+        return self.conv_seg(self.dropout(x))
+
+
+class AuxiliaryHead(Head):
+    """A small head on stage 3 whose loss, weighted 0.4, helps the backbone to train (PSPNet, section 3.3)."""
+
+    def __init__(self, in_channels, channels, num_classes):
+        super().__init__(channels, num_classes)
+        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))
+
+    def forward(self, c3):                                  # (N, 1024, H, W)
+        return self.classify(self.convs(c3))                # (N, K, H, W)
+
+
+class FCNHead(Head):
+    """Two 3x3 convolutions, then a third that sees their input again. GCHead, SNLHead and NonLocalHead override
+    `context` with the block that lets a pixel see the whole image."""
+
+    def __init__(self, in_channels, channels, num_classes):
+        super().__init__(channels, num_classes)
+        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3), ConvBNReLU(channels, channels, 3))
+        self.conv_cat = ConvBNReLU(in_channels + channels, channels, 3)
+
+    def context(self, x):
+        return x
+
+    def forward(self, c4):                                  # (N, 2048, H, W)
+        out = self.context(self.convs[0](c4))               # (N, 512, H, W)
+        out = self.convs[1](out)                            # (N, 512, H, W)
+        out = self.conv_cat(torch.cat([c4, out], dim=1))    # (N, 512, H, W)
+        return self.classify(out)                           # (N, K, H, W)
+
+
+class Segmentor(nn.Module):
+    """Backbone, decode head and auxiliary head: what GCNet, NonLocalNet, ANN, SNLNet and FCN have in common.
+
+    Takes float32 RGB images (N, 3, H, W), normalised; any H and W from 1 up. Gives float32 logits (N, K, H, W) in eval
+    mode, and in training mode the pair (logits, aux_logits), both (N, K, H, W).
+
+    num_classes    K
+    depth          of the ResNet: 18, 34, 50 or 101; with 18 and 34 the heads have a quarter of the channels too
+    align_corners  how the logits are resized: True with the 769x769 settings, whose grid of 97 fits exactly
+    stem_channels  64, or 128 for the wider stem of GCNet's Cityscapes ablation
+    aux_channels   of the auxiliary head: 256, or 512 in that ablation
+    """
+
+    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
+        super().__init__()
+        slim = 4 if depth < 50 else 1
+        self.align_corners = align_corners
+        self.channels = 512 // slim  # of the decode head, which the subclass builds
+        self.backbone = ResNetD8(depth, stem_channels)
+        self.auxiliary_head = AuxiliaryHead(self.backbone.channels[2], aux_channels // slim, num_classes)
+
+    def decode(self, c3, c4):
+        return self.decode_head(c4)
+
+    def forward(self, images):                              # (N, 3, H, W)
+        c1, c2, c3, c4 = self.backbone(images)
+        logits = self.resize(self.decode(c3, c4), images)   # (N, K, H, W)
+        if not self.training:
+            return logits
+        return logits, self.resize(self.auxiliary_head(c3), images)
+
+    def resize(self, logits, images):
+        logits = logits.to(images.dtype)  # under autocast too, the resize and what follows are in full precision
+        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+
+
+class FCN(Segmentor):
+    """The baseline: no context block. A pixel sees what the convolutions' receptive field holds."""
+
+    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
+        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+        self.decode_head = FCNHead(self.backbone.channels[3], self.channels, num_classes)

@@ -1,0 +1,98 @@
+"""Every model computes what the reference computes, with weights that follow from the parameters' names."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from checkpoint import MODELS
+from evaluate import logits_at, multi_scale_flip, slide_inference, whole_inference
+from train import segmentation_loss
+
+PUBLISHED = ["gcnet", "nonlocal_net", "ann", "fcn"]
+INPUTS = reference.arrays("inputs")
+
+
+def build(name, depth, align_corners=False):
+    model = MODELS[name](19, depth, align_corners)
+    model.load_state_dict(reference.weights(name, depth))
+    return model.eval()
+
+
+def close_to_largest(ours, golden, tolerance=1e-4):
+    assert ours.shape == golden.shape
+    assert np.abs(ours.numpy() - golden).max() <= tolerance * np.abs(golden).max()
+
+
+@pytest.mark.parametrize("depth", [18, 50, 101])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name, depth):
+    ours = {key: list(value.shape) for key, value in MODELS[name](19, depth).state_dict().items()}
+    assert ours == reference.keys(name, depth)
+
+
+@pytest.mark.parametrize("depth", [18, 50, 101])
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_logits(name, depth):
+    model, golden = build(name, depth), reference.arrays(name)
+    stages = model.backbone(torch.tensor(INPUTS["x"]))
+    if depth == 50:
+        for i, stage in enumerate(stages, 1):
+            np.testing.assert_allclose([stage.norm(), stage.mean()], golden[f"r50_stage{i}_norm"], rtol=1e-4)
+    close_to_largest(model.decode(*stages[2:]), golden[f"r{depth}_logits"])
+    close_to_largest(model.auxiliary_head(stages[2]), golden[f"r{depth}_aux_logits"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_training_step(name):
+    model, golden = build(name, 50).double().train(), reference.arrays(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout2d | torch.nn.Dropout):
+            module.p = 0.0
+    images, labels = torch.tensor(INPUTS["x"]).double(), torch.tensor(INPUTS["y"]).long()
+    losses = [segmentation_loss(logits, labels) for logits in model(images)]
+    losses[1] = 0.4 * losses[1]
+    np.testing.assert_allclose([loss.item() for loss in losses], golden["train_loss"], rtol=1e-9)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    sum(losses).backward()
+    parameters = dict(model.named_parameters())
+    assert set(parameters) == set(golden["train_names"])
+    for which, norms in (
+        ("train_grad_norm", lambda p: p.grad.norm()),
+        ("train_step_norm", lambda p: p.detach().norm()),
+    ):
+        if which == "train_step_norm":
+            optimizer.step()
+        ours = np.array([norms(parameters[key]).item() for key in golden["train_names"]])
+        error = np.abs(ours - golden[which]) / np.maximum(golden[which], 1e-9)
+        assert error.max() <= 1e-6, golden["train_names"][error.argmax()]
+    bn = model.decode_head.bottleneck.bn if name == "ann" else model.decode_head.convs[1].bn
+    np.testing.assert_allclose(bn.running_mean, golden["train_bn_mean"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("align", [False, True], ids=["plain", "align_corners"])
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_whole_and_slide(name, align):
+    model, golden = build(name, 50, align), reference.arrays(name)
+    images, prefix = torch.tensor(INPUTS["wide"]), "align" if align else "plain"
+    whole = whole_inference(model, images)
+    slide = slide_inference(model, images, (65, 65), (43, 43))
+    for mode, logits in (("whole", whole), ("slide", slide)):
+        close_to_largest(logits[:, :, ::4, ::4], golden[f"{prefix}_{mode}"])
+        assert (logits.argmax(1).numpy() == golden[f"{prefix}_{mode}_argmax"]).mean() >= 0.998
+    rescaled = logits_at(model, images, (71, 120), (65, 65), (43, 43)).argmax(1)
+    assert (rescaled.numpy() == golden[f"{prefix}_slide_rescaled_argmax"]).mean() >= 0.998
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_multi_scale_flip(name, monkeypatch):
+    model, golden, sizes = build(name, 50), reference.arrays(name), []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    mean = multi_scale_flip(model, INPUTS["image"], (256, 96))
+    assert sizes == [tuple(size) for size in golden["msflip_sizes"]]
+    assert np.abs(mean[None, :, ::5, ::5].numpy() - golden["msflip_prob"]).max() <= 1e-3
+    assert (mean.argmax(0).numpy() == golden["msflip_argmax"]).mean() >= 0.998
