@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 
 import shapes
 from layouts import INVALID, LAYOUTS, VOID, InputError
@@ -47,20 +46,25 @@ PRESETS = {
 # --------------------------------------------------------------------------------------------------------- data sets
 
 
-def read_image(path):
+def open_image(path, read):
     try:
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        raise InputError(f"{path}: cannot be read as an image ({str(error).splitlines()[0]})") from None
-    return image.permute(1, 2, 0)
+        with Image.open(path) as file:
+            return read(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def read_image(path):
+    """uint8 RGB (H, W, 3) of an image file in any mode, turned as its EXIF orientation says."""
+    image = open_image(path, ImageOps.exif_transpose)
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def read_label(path, table):
-    try:
-        with Image.open(path) as file:
-            mode, values = file.mode, np.asarray(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a label ({error})") from None
+    """uint8 (H, W): the classes that `table` gives to the values in a label file."""
+    mode, values = open_image(path, lambda file: (file.mode, np.asarray(file)))
     if mode not in ("L", "P"):
         raise InputError(f"{path}: a label must be an 8-bit grey or palette PNG of class indices; this one is {mode}")
     label = table[values]

@@ -121,10 +121,11 @@ def evaluate(model, data, config, aug=False, workers=0, rank=0, world=1):
     device = next(model.parameters()).device
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
     loader = DataLoader(Subset(data, range(rank, len(data), world)), batch_size=None, num_workers=workers)
-    for image, label in tqdm(loader, "evaluating", disable=rank > 0, leave=False, dynamic_ncols=True):
-        if label is None:
-            raise InputError(f"{data.name}: the split {data.split!r} has no labels to compare with")
-        matrix += confusion_matrix(predict(model, image, config, aug), label.to(device), len(data.classes))
+    with tqdm(loader, "evaluating", disable=rank > 0, leave=False, dynamic_ncols=True) as bar:
+        for image, label in bar:
+            if label is None:
+                raise InputError(f"{data.name}: the split {data.split!r} has no labels to compare with")
+            matrix += confusion_matrix(predict(model, image, config, aug), label.to(device), len(data.classes))
     if world > 1:
         dist.all_reduce(matrix)
     return metrics(matrix)
@@ -175,6 +176,7 @@ def run(main):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="a file; without it best.pt of the newest run below runs/")
+    parser.add_argument("--checkpoint", dest="named", metavar="CHECKPOINT", help="the same")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_argument("--dataset", help="default: the one it was trained on")
     parser.add_argument("--data-root", help="the data set's folder; default: the one it was trained on")
@@ -183,11 +185,13 @@ def main():
     args = parser.parse_args()
 
     device, rank, world = start_process()
-    state = checkpoint.load(args.checkpoint or checkpoint.newest_run() / "best.pt")
+    state = checkpoint.load(args.checkpoint or args.named or checkpoint.newest_run() / "best.pt")
     config = state["config"]
     data = SegmentationData(args.dataset or config["dataset"], args.data_root or config["data_root"], args.split)
     if list(data.classes) != config["classes"]:
-        raise InputError(f"--dataset {data.name} has other classes than the checkpoint: {len(data.classes)} ...")
+        raise InputError(
+            f"--dataset {data.name}: its {len(data.classes)} classes are not the checkpoint's {len(config['classes'])}"
+        )
     model = checkpoint.build_model(config)
     model.load_state_dict(state["model"])
     model.eval().to(device, memory_format=torch.channels_last)

@@ -1,6 +1,6 @@
 """Trains a model on a data set, with the published recipe unless told otherwise.
 
-    python train.py                                              # GCNet on drawn shapes: no files, two minutes
+    python train.py                                              # GCNet on drawn shapes: no files, no downloads
     python train.py --dataset folder --data-root DIR             # own images and masks (README: "Your own data")
     torchrun --nproc_per_node=4 train.py --model gcnet --dataset ade20k
     python train.py --resume --out runs/gcnet-r18-shapes         # goes on where a run was interrupted
@@ -43,7 +43,7 @@ def segmentation_loss(logits, labels, weight=None):
 
 
 def parse_config():
-    """(config, out, resume): the settings of the run. What is not given comes from the run itself, or from the preset."""
+    """(config, out, resume): the run's settings; what is not given comes from the run itself or from the preset."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
@@ -191,51 +191,53 @@ def main():
     model.train()
     if due():  # the run may have ended in the middle of this validation
         result = validate()
-    bar = tqdm(total=iters, initial=start, desc=config["model"], disable=rank > 0, dynamic_ncols=True)
-    while iteration < iters:
-        step_start = time.monotonic()
+    with tqdm(total=iters, initial=start, desc=config["model"], disable=rank > 0, dynamic_ncols=True) as bar:
+        while iteration < iters:
+            step_start = time.monotonic()
 
-        # One step of training.
-        lr = poly_lr(iteration, iters, config["lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed((seed * iters + iteration) * world + rank)  # dropout's: a resumed run draws the same
-        optimizer.zero_grad()
-        for _ in range(accumulate):
-            batch = next(loader)
-            images, labels = to_device(batch, device)
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits, aux_logits = trained(images)
-            loss = segmentation_loss(logits, labels)
-            aux_loss = 0.4 * segmentation_loss(aux_logits, labels)
-            scaler.scale((loss + aux_loss) / accumulate).backward()
-        status = torch.stack([loss.detach(), aux_loss.detach(), loss.new_tensor(len(received))])
-        if world > 1:
-            dist.all_reduce(status)
-        loss, aux_loss, stop = (status / world).tolist()
-        if not math.isfinite(loss + aux_loss):
-            files = ", ".join(batch["file"])
-            raise InputError(
-                f"iteration {iteration}: the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {files}"
-            )
-        scaler.step(optimizer)
-        scaler.update()
+            # One step of training.
+            lr = poly_lr(iteration, iters, config["lr"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed((seed * iters + iteration) * world + rank)  # dropout's: a resumed run draws the same
+            optimizer.zero_grad()
+            status = torch.zeros(3, device=device)  # the two losses, and whether some process is to stop
+            status[2] = len(received)
+            for _ in range(accumulate):
+                batch = next(loader)
+                images, labels = to_device(batch, device)
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    logits, aux_logits = trained(images)
+                loss = segmentation_loss(logits, labels) / accumulate
+                aux_loss = 0.4 * segmentation_loss(aux_logits, labels) / accumulate
+                scaler.scale(loss + aux_loss).backward()
+                status[:2] += torch.stack([loss, aux_loss]).detach()
+            if world > 1:
+                dist.all_reduce(status)
+            loss, aux_loss, stop = (status / world).tolist()
+            if not math.isfinite(loss + aux_loss):
+                files = ", ".join(batch["file"])
+                raise InputError(
+                    f"iteration {iteration}: the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {files}"
+                )
+            scaler.step(optimizer)
+            scaler.update()
 
-        speed = effective / (time.monotonic() - step_start)
-        if rank == 0 and iteration % 10 == 0:
-            log(loss=loss, aux_loss=aux_loss, lr=lr, images_per_second=speed)
-        iteration += 1
-        bar.set_postfix_str(f"loss {loss + aux_loss:.3f}, lr {lr:.4f}, {speed:.1f} images/s", refresh=False)
-        bar.update()
-        if rank == 0 and (stop or due() or time.monotonic() - last_save > SAVE_SECONDS):
-            save("last.pt")
-            last_save = time.monotonic()
-        if stop:
-            tqdm.write(f"stopped after iteration {iteration} and saved; go on with --resume --out {out}")
-            sys.exit(128 + signal.SIGINT if signal.SIGINT in received else 0)
-        if due():
-            result = validate()
-    bar.close()
+            speed = effective / (time.monotonic() - step_start)
+            if rank == 0 and iteration % 10 == 0:
+                log(loss=loss, aux_loss=aux_loss, lr=lr, images_per_second=speed)
+            iteration += 1
+            bar.set_postfix_str(f"loss {loss + aux_loss:.3f}, lr {lr:.4f}, {speed:.1f} images/s", refresh=False)
+            bar.update()
+            if rank == 0 and (stop or due() or time.monotonic() - last_save > SAVE_SECONDS):
+                save("last.pt")
+                last_save = time.monotonic()
+            if stop:
+                if rank == 0:
+                    tqdm.write(f"stopped after iteration {iteration} and saved; go on with --resume --out {out}")
+                sys.exit(128 + signal.SIGINT if signal.SIGINT in received else 0)
+            if due():
+                result = validate()
     if rank == 0:
         print(report(result, config["classes"]))
         print(f"picture: {out / 'samples' / f'{iters:06}.png'}   best checkpoint: {out / 'best.pt'} ({best_miou:.2%})")
