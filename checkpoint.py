@@ -10,11 +10,13 @@ A checkpoint is a plain dict that torch.load(..., weights_only=True) reads:
 import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
 import torch
 
+import zoo
 from ann import ANN
 from gcnet import GCNet, SNLNet
 from layouts import InputError
@@ -66,30 +68,64 @@ def read_config(folder):
         raise InputError(f"{folder}: holds no run to go on with; --out names the folder of one") from None
 
 
-def load_backbone(model, source):
-    """Starts the model's backbone from ImageNet weights: a file, or "none"."""
-    if source == "none":
-        return
-    weights = torch.load(source, map_location="cpu", weights_only=True)
-    model.backbone.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
-
-
-def load(path):
-    """The checkpoint in a file, on the CPU. No code in the file is ever run."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such checkpoint")
+def read(path):
+    """What torch.save wrote to a file, on the CPU. No code in the file is ever run."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        objects = re.search(r"GLOBAL (\S+)", str(error))
+        if objects:
+            raise InputError(
+                f"{path}: holds {objects[1]}, which could run code. If you trust its source, strip it there: "
+                "s = torch.load(PATH, weights_only=False); torch.save({k: s[k] for k in ('meta', 'state_dict')}, PATH)"
+            ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: is no checkpoint, or damaged ({reason})") from None
+
+
+def load(source):
+    """The checkpoint of a path, a URL, or a published model's name, as the module says."""
+    path = zoo.locate(source)
+    state = read(path)
+    if isinstance(state, dict) and "state_dict" in state:
+        return zoo.convert(state, path)
     config = state.get("config") if isinstance(state, dict) else None
     if not isinstance(config, dict) or "model" not in state:
-        raise InputError(f"{path}: is no checkpoint of this project; it has no config and model")
+        raise InputError(f"{path}: is no checkpoint of a model; it has no config and model, nor state_dict and meta")
     if not config.get("classes"):
         raise InputError(f"{path}: does not say how many classes its model has")
     return state
+
+
+def load_weights(module, weights, source):
+    """load_state_dict, strictly; the first name or shape that does not fit is the message."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{source}: does not fit the model. {str(error).splitlines()[1].strip()[:200]}") from None
+
+
+def load_backbone(model, source, depth):
+    """Starts the model's backbone from ImageNet weights: "imagenet", a path or URL, or "none"."""
+    if source == "none":
+        return
+    if source == "imagenet":
+        source = zoo.BACKBONES[depth]
+    try:
+        weights = read(zoo.locate(source))
+    except InputError as error:
+        raise InputError(f"{error}; without ImageNet weights: --pretrained none") from None
+    weights = weights.get("state_dict", weights)
+    load_weights(model.backbone, {k: v for k, v in weights.items() if not k.startswith("fc.")}, source)
+
+
+def load_initial(model, source):
+    """Starts the model from a checkpoint, but for the classifiers where their class counts differ. Says what it did."""
+    weights, own = load(source)["model"], model.state_dict()
+    kept = {key for key in weights if "conv_seg" in key and key in own and weights[key].shape != own[key].shape}
+    load_weights(model, {key: own[key] if key in kept else weights[key] for key in weights}, source)
+    classifiers = "but the classifiers, which start anew: other classes" if kept else "classifiers too"
+    return f"--init {source}: all weights, {classifiers}"
 
 
 def newest_run(root="runs"):

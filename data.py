@@ -245,3 +245,10 @@ class Batches:
                     order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
                 keys.append((position, int(order[position % self.length])))
             yield keys
+
+
+if __name__ == "__main__":
+    import data_tools
+    from evaluate import run
+
+    run(data_tools.main)

@@ -175,7 +175,7 @@ def run(main):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="a file; without it best.pt of the newest run below runs/")
+    parser.add_argument("checkpoint", nargs="?", help="file, URL or published name; default: runs/'s newest best.pt")
     parser.add_argument("--checkpoint", dest="named", metavar="CHECKPOINT", help="the same")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_argument("--dataset", help="default: the one it was trained on")
@@ -185,15 +185,15 @@ def main():
     args = parser.parse_args()
 
     device, rank, world = start_process()
-    state = checkpoint.load(args.checkpoint or args.named or checkpoint.newest_run() / "best.pt")
+    source = args.checkpoint or args.named or checkpoint.newest_run() / "best.pt"
+    state = checkpoint.load(source)
     config = state["config"]
     data = SegmentationData(args.dataset or config["dataset"], args.data_root or config["data_root"], args.split)
-    if list(data.classes) != config["classes"]:
-        raise InputError(
-            f"--dataset {data.name}: its {len(data.classes)} classes are not the checkpoint's {len(config['classes'])}"
-        )
     model = checkpoint.build_model(config)
-    model.load_state_dict(state["model"])
+    checkpoint.load_weights(model, state["model"], source)
+    named_alike = data.name != "folder" or list(data.classes) == config["classes"]
+    if len(data.classes) != len(config["classes"]) or not named_alike:
+        raise InputError(f"--dataset {data.name}: its classes are not those of the checkpoint, {source}")
     model.eval().to(device, memory_format=torch.channels_last)
     result = evaluate(model, data, config, args.aug, args.workers, rank, world)
     if rank == 0:

@@ -29,8 +29,9 @@ def find_root(root, marker, parents=()):
     for folder in (root, *(root / parent for parent in parents)):
         if (folder / marker).is_dir():
             return folder
-    layout = next(line.split(maxsplit=1)[1] for line in __doc__.splitlines() if f" {marker}/" in line)
-    raise InputError(f"{root}: there is no {marker}/ in it; --data-root is the folder that holds {layout}")
+    layouts = (line.split(maxsplit=1)[1] for line in __doc__.splitlines() if f" {marker}/" in line)
+    layout = next(layouts, f"{marker}/")
+    raise InputError(f"{root}: there is no {marker}/ in it; it must be the folder (--data-root) that holds {layout}")
 
 
 def match(images, image_ends, labels, label_ends):
@@ -49,9 +50,10 @@ def match(images, image_ends, labels, label_ends):
     found, labelled = index(images, image_ends), index(labels, label_ends)
     if not labels.is_dir():
         return [(path, None) for path in found.values()]
-    for name, path in found.items():
-        if name not in labelled:
-            raise InputError(f"{path}: has no label {labels / name}{label_ends[0]}")
+    missing = [name for name in found if name not in labelled]
+    if missing:
+        others = f", nor have {len(missing) - 1} other images" if missing[1:] else ""
+        raise InputError(f"{found[missing[0]]}: has no label {labels / missing[0]}{label_ends[0]}{others}")
     return [(path, labelled[name]) for name, path in found.items()]
 
 

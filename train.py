@@ -11,6 +11,7 @@ A run lives in one folder: config.json, last.pt, best.pt, log.jsonl, samples/*.p
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
+import data_tools
 from data import PRESETS, Batches, InputError, SegmentationData, TrainData, to_device
 from evaluate import evaluate, predict, report, run, start_process
 from pictures import compare
@@ -57,7 +59,9 @@ def parse_config():
     add("--accumulate", type=positive, help="batches per step (default: 1)")
     add("--iters", type=positive, help="steps (default: the preset)")
     add("--lr", type=float, help="the first learning rate (default: the preset, 0.01)")
-    add("--pretrained", help="the backbone's weights: a file, or none (default: ImageNet's for depth 50 and 101)")
+    add("--pretrained", help="the backbone's weights: none, file or URL (default: ImageNet's for depth 50 and 101)")
+    add("--init", help="start from a whole checkpoint: file, URL or published name; its classifiers only if they fit")
+    add("--class-weights", nargs="+", help="of the loss: a number per class, or balanced: sqrt(median / frequency)")
     add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision (default: none)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--workers", type=int, help="data-loading processes of each process (default: 2)")
@@ -71,6 +75,8 @@ def parse_config():
     preset = PRESETS[config["dataset"]]
     config.setdefault("depth", 18 if config["dataset"] == "shapes" else 50)
     out = Path(out or "runs/{model}-r{depth}-{dataset}".format(**config))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
+        resume = (out / "config.json").exists()
     if resume:
         saved = checkpoint.read_config(out)
         for name in sorted(given.keys() - {"workers", "data_root", "batch_size", "accumulate"}):
@@ -84,6 +90,8 @@ def parse_config():
         "accumulate": 1,
         "iters": preset.iters,
         "lr": preset.lr,
+        "init": None,
+        "class_weights": None,
         "pretrained": "imagenet" if config["depth"] >= 50 else "none",
         "amp": "none",
         "compile": False,
@@ -97,6 +105,20 @@ def parse_config():
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
     return config, out, resume
+
+
+def published_batch(config, world):
+    """What to say where the run has other than the published recipe's images per step, and how to match it; or None."""
+    preset, effective = PRESETS[config["dataset"]], config["effective_batch"]
+    published, forward = 4 * preset.batch, config["batch_size"] * world
+    if config["dataset"] in ("folder", "shapes") or effective == published:
+        return None
+    ways = [f"--lr {preset.lr * effective / published:g}"]
+    if published % forward == 0:
+        ways.insert(0, f"--accumulate {published // forward} (but BatchNorm sees {config['batch_size']} x {world})")
+    if published % world == 0:
+        ways.insert(0, f"--batch-size {published // world}")
+    return f"the published recipe has {published} images per step; its like: {', or '.join(ways)}"
 
 
 def positive(text):
@@ -118,28 +140,37 @@ def main():
         raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, this would be {effective}")
     config |= {"classes": list(train_data.classes), "palette": [list(colour) for colour in train_data.palette]}
 
+    class_weights = data_tools.class_weights(config["class_weights"], train_data, config["workers"], rank, world)
+    if class_weights is not None:
+        class_weights = class_weights.to(device)
+
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)  # fresh weights drive activations to denormals, on which a CPU is slow
     model = checkpoint.build_model(config)
-    if not resume:
-        checkpoint.load_backbone(model, config["pretrained"])
+    sync_bn = world > 1 and device.type == "cuda"
+    norm = "SyncBatchNorm" if sync_bn else "BatchNorm"
+    notes = [f"{world} x {config['batch_size']} x {accumulate} = {effective} images per step; {norm}, {device}"]
+    notes.append(published_batch(config, world))
+    state = checkpoint.load(out / "last.pt") if resume and (out / "last.pt").exists() else None
+    if state is None and config["init"]:
+        notes.append(checkpoint.load_initial(model, config["init"]))
+    elif state is None:
+        checkpoint.load_backbone(model, config["pretrained"], config["depth"])
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), config["lr"], momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
     start, best_miou = 0, -1.0
-    if resume:
-        state = checkpoint.load(out / "last.pt")
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, best_miou = state["iteration"], state["best_miou"]
 
-    # The module that trains; `model`, inside it, is what is evaluated and saved.
-    trained, norm = model, "BatchNorm"
+    trained = model  # what trains is `model` with wrappers around it; what is evaluated and saved is `model` itself
     if world > 1:
-        if device.type == "cuda":
-            trained, norm = nn.SyncBatchNorm.convert_sync_batchnorm(model), "SyncBatchNorm"
-        trained = nn.parallel.DistributedDataParallel(trained)
+        trained = nn.parallel.DistributedDataParallel(model)
     if config["compile"]:
         trained = torch.compile(trained)
     amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
@@ -155,7 +186,7 @@ def main():
     if rank == 0:
         checkpoint.begin_run(out, config, start)
         print(f"{config['model']} R-{config['depth']} on {config['dataset']}: {len(train_data)} images, {out}/")
-        print(f"{world} x {config['batch_size']} x {accumulate} = {effective} images per step; {norm}, {device}")
+        print(*filter(None, notes), sep="\n")
 
     def save(name):
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -208,8 +239,8 @@ def main():
                 images, labels = to_device(batch, device)
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     logits, aux_logits = trained(images)
-                loss = segmentation_loss(logits, labels) / accumulate
-                aux_loss = 0.4 * segmentation_loss(aux_logits, labels) / accumulate
+                loss = segmentation_loss(logits, labels, class_weights) / accumulate
+                aux_loss = 0.4 * segmentation_loss(aux_logits, labels, class_weights) / accumulate
                 scaler.scale(loss + aux_loss).backward()
                 status[:2] += torch.stack([loss, aux_loss]).detach()
             if world > 1:

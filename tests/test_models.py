@@ -5,8 +5,12 @@ import pytest
 import reference
 import torch
 
+from ann import AsymmetricNonLocalBlock
 from checkpoint import MODELS
 from evaluate import logits_at, multi_scale_flip, slide_inference, whole_inference
+from gcnet import GCBlock, GCNet, SimplifiedNonLocalBlock, SNLNet
+from nonlocal_net import NonLocalBlock, NonLocalNet
+from resnet_d8 import FCN
 from train import segmentation_loss
 
 PUBLISHED = ["gcnet", "nonlocal_net", "ann", "fcn"]
@@ -96,3 +100,67 @@ def test_multi_scale_flip(name, monkeypatch):
     assert sizes == [tuple(size) for size in golden["msflip_sizes"]]
     assert np.abs(mean[None, :, ::5, ::5].numpy() - golden["msflip_prob"]).max() <= 1e-3
     assert (mean.argmax(0).numpy() == golden["msflip_argmax"]).mean() >= 0.998
+
+
+@pytest.mark.parametrize("mode", ["embedded_gaussian", "gaussian", "dot_product", "concatenation"])
+def test_pairwise_functions(mode):
+    golden = reference.arrays("pairwise")
+    block = NonLocalBlock(16, mode=mode)
+    names = {key: list(value.shape) for key, value in block.state_dict().items()}
+    assert sorted(names) == golden[f"{mode}_names"].tolist()
+    block.load_state_dict({key: torch.tensor(reference.weight(key, shape)) for key, shape in names.items()})
+    x = torch.tensor(golden["x"], requires_grad=True)
+    z = block.eval()(x)
+    close_to_largest(z.detach(), golden[mode], 1e-5)
+    if mode != "concatenation":  # of which the reference gives no gradient
+        (z**2).sum().backward()
+        close_to_largest(x.grad, golden[f"{mode}_grad"], 1e-5)
+
+
+def test_simplified_non_local_block_is_its_equation():
+    torch.manual_seed(0)
+    block, x = SimplifiedNonLocalBlock(8).double(), torch.randn(2, 8, 3, 5).double()
+    assert block(x).equal(x)  # starts as the identity
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    w_k, b_k, w_v, b_v = (parameter.detach().squeeze() for parameter in block.parameters())
+    for n in range(2):
+        positions = x[n].flatten(1).T
+        weights = torch.exp(positions @ w_k + b_k)
+        context = w_v @ sum(a * x_j for a, x_j in zip(weights / weights.sum(), positions, strict=True)) + b_v
+        torch.testing.assert_close(block(x)[n].detach(), x[n] + context[:, None, None])
+
+
+def test_blocks_start_as_the_identity():
+    x = torch.randn(1, 16, 4, 6)
+    for block in (GCBlock(16), SimplifiedNonLocalBlock(16), NonLocalBlock(16)):
+        assert block.eval()(x).equal(x)
+    assert AsymmetricNonLocalBlock(16, 8, 4, shared=False)(x, x[:, :8]).abs().max() == 0
+
+
+def test_parameters_of_gcnets_ablation():
+    """GCNet's Cityscapes table: ResNet-101 of the wider stem, 19 classes; in millions."""
+    wide = {"num_classes": 19, "depth": 101, "stem_channels": 128, "aux_channels": 512}
+    with torch.device("meta"):
+        models = [FCN(**wide), NonLocalNet(**wide, reduction=4), SNLNet(**wide), GCNet(**wide)]
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
+    assert [round(count / 1e6, 2) for count in counts] == [70.96, 71.22, 71.22, 71.09]
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@torch.no_grad()
+def test_any_size_in_any_memory_format(name):
+    """From 1x1 on, the logits have the image's size; channels_last changes nothing; in training there are two."""
+    torch.manual_seed(0)
+    model = MODELS[name](5, depth=18).eval()
+    for parameter in model.parameters():  # so that the blocks, which start as the identity, take part
+        torch.nn.init.normal_(parameter, std=0.1) if parameter.dim() < 2 else None
+    for size in ((1, 1), (1, 9), (8, 8), (13, 30), (65, 2)):
+        images = torch.randn(1, 3, *size)
+        logits = model(images)
+        assert logits.shape == (1, 5, *size) and logits.isfinite().all()
+        last = model.to(memory_format=torch.channels_last)(images)
+        torch.testing.assert_close(last, logits, rtol=1e-3, atol=1e-4)
+        model.to(memory_format=torch.contiguous_format)
+    outputs = model.train()(torch.randn(2, 3, 16, 24))
+    assert [tuple(output.shape) for output in outputs] == [(2, 5, 16, 24)] * 2

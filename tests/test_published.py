@@ -1,0 +1,194 @@
+"""Files of the published form: settings read from them, fetched over HTTP, fine-tuned, refused in one line."""
+
+import http.server
+import threading
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import checkpoint
+import zoo
+from layouts import InputError
+
+CONFIG = """
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    decode_head=dict(
+        type='{head}',
+        align_corners={align}),
+    test_cfg=dict({test}))
+dataset_type = '{dataset}Dataset'
+test_pipeline = [
+    dict(
+        type='MultiScaleFlipAug',
+        img_scale={scale},
+        flip=False)
+]
+"""
+WHOLE, SLIDE = "mode='whole'", "mode='slide', crop_size=(769, 769),\n        stride=(513, 513)"
+
+
+def published(name="gcnet", depth=18, classes=19, dataset="Cityscapes", scale=(2048, 1024), align=False, test=WHOLE):
+    weights = checkpoint.MODELS[name](classes, depth).state_dict()
+    text = CONFIG.format(head="any", align=align, test=test, dataset=dataset, scale=scale)
+    names = [f"class {i}" for i in range(classes)]
+    meta = {"CLASSES": tuple(names), "PALETTE": [[i, 0, 0] for i in range(classes)], "config": text, "time": "now"}
+    return {"meta": meta, "state_dict": weights, "optimizer": {"state": {}, "param_groups": []}}
+
+
+def test_every_published_name():
+    models = zoo.published()
+    assert len(models) == 48
+    for name, model in models.items():
+        assert model["url"].startswith("https://") and f"/{name}/{name}_" in model["url"]
+        assert name in (ROOT / "ZOO.md").read_text()
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_settings_come_from_the_file(legacy, tmp_path):
+    for name, changes, expected in (
+        ("gcnet", {}, ("cityscapes", [2048, 1024], None, None, False)),
+        ("ann", {"dataset": "PascalVOC", "scale": (2048, 512)}, ("voc12aug", [2048, 512], None, None, False)),
+        ("nonlocal_net", {"dataset": "ADE20K", "scale": (2048, 512)}, ("ade20k", [2048, 512], None, None, False)),
+        (
+            "fcn",
+            {"scale": (2049, 1025), "align": True, "test": SLIDE},
+            ("cityscapes", [2049, 1025], [769, 769], [513, 513], True),
+        ),
+    ):
+        path = tmp_path / "renamed.pth"
+        file = published(name, **changes)
+        torch.save(file, path, _use_new_zipfile_serialization=not legacy)
+        state = checkpoint.load(path)
+        config = state["config"]
+        assert (config["model"], config["depth"]) == (name, 18)
+        keys = ("dataset", "scale", "crop_size", "stride", "align_corners")
+        assert tuple(config[key] for key in keys) == expected
+        assert config["classes"] == list(file["meta"]["CLASSES"]) and config["palette"] == file["meta"]["PALETTE"]
+        model = checkpoint.build_model(config)
+        checkpoint.load_weights(model, state["model"], path)
+        assert all(value.equal(file["state_dict"][key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+def test_depth_follows_from_the_names(depth):
+    with torch.device("meta"):
+        assert zoo.convert(published(depth=depth), "x")["config"]["depth"] == depth
+
+
+class Range(http.server.BaseHTTPRequestHandler):
+    """Serves `content`; cuts off the first answer in the middle; goes on from a Range."""
+
+    content, served = b"", []
+
+    def do_GET(self):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", len(self.content) - start)
+        self.end_headers()
+        self.wfile.write(self.content[start:] if start else self.content[: len(self.content) // 2])
+        self.served.append(start)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_download_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.save(published(), tmp_path / "file")
+    monkeypatch.setattr(Range, "content", (tmp_path / "file").read_bytes())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Range)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/gcnet-01234567.pth"
+    try:
+        with pytest.raises(InputError, match="ended early"):
+            zoo.locate(url)
+        path = zoo.locate(url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert path.read_bytes() == Range.content
+    assert Range.served == [0, len(Range.content) // 2]
+    assert "warning" in capsys.readouterr().err  # the hash in the name is another
+    assert zoo.locate(url) == path  # from the cache: the server is gone
+    with pytest.raises(InputError, match="cannot be fetched.*put the file here"):
+        zoo.locate(url.replace("gcnet", "other"))
+
+
+def test_commands_take_published_files(run_script, tmp_path):
+    classes = 3
+    file = published("ann", classes=classes, dataset="ADE20K", scale=(64, 48))
+    torch.save(file, tmp_path / "model.pth")
+    folder = tmp_path / "own"
+    for split in ("train", "val"):
+        for i in range(2):
+            for kind, colour in (("images", (90, 60, 30)), ("annotations", None)):
+                path = folder / kind / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (Image.new("RGB", (48, 40), colour) if colour else Image.new("L", (48, 40), i)).save(path)
+    (folder / "classes.txt").write_text("class 0\nclass 1\nclass 2\n")
+    data = ("--dataset", "folder", "--data-root", folder)
+    assert "mIoU" in run_script("evaluate.py", "model.pth", *data).stdout
+
+    small = ("--depth", 18, "--crop-size", 32, 32, "--batch-size", 2, "--iters", 1, "--workers", 0, "--lr", 0)
+    same = run_script("train.py", "--model", "ann", *data, *small, "--init", "model.pth", "--out", "same")
+    assert "all weights, classifiers too" in same.stdout
+    (folder / "classes.txt").write_text("class 0\nclass 1\nclass 2\nfourth\n")
+    anew = run_script("train.py", "--model", "ann", *data, *small, "--init", "model.pth", "--out", "anew")
+    assert "all weights, but the classifiers" in anew.stdout
+    for name, kept in (("same", True), ("anew", False)):
+        weights = torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
+        key = "decode_head.fusion.stages.0.value_project.weight"
+        torch.testing.assert_close(weights[key], file["state_dict"][key], rtol=1e-4, atol=1e-5)
+        assert (weights["decode_head.conv_seg.weight"].shape[0] == classes) == kept
+    wrong = run_script("train.py", "--model", "gcnet", *data, *small, "--init", "model.pth", "--out", "no", status=2)
+    assert "model.pth: does not fit the model" in wrong.stderr and "Traceback" not in wrong.stderr
+    other = run_script("evaluate.py", "model.pth", *data, status=2)
+    assert "its classes are not those of the checkpoint" in other.stderr
+
+
+class HistoryBuffer:
+    pass
+
+
+def test_files_that_are_refused_say_why(tmp_path):
+    good = published()
+    for name, state, words in (
+        ("objects", good | {"message_hub": HistoryBuffer()}, "HistoryBuffer, which could run code.*strip it"),
+        ("text", good | {"meta": {**good["meta"], "config": ""}}, "holds no config"),
+        ("names", good | {"meta": {**good["meta"], "CLASSES": ("one",)}}, "19 classes, but names 1"),
+        ("other", {"state_dict": {"conv.weight": torch.ones(1)}, "meta": {}}, "none of the models"),
+    ):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(InputError, match=words):
+            checkpoint.load(tmp_path / name)
+    torch.save(good, tmp_path / "cut")
+    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:100_000])
+    with pytest.raises(InputError, match="is no checkpoint, or damaged"):
+        checkpoint.load(tmp_path / "cut")
+    with pytest.raises(InputError, match="no such file, and no published model"):
+        checkpoint.load("gcnet_r50-d8_512x512_80k_ade")
+
+
+def test_imagenet_backbone(tmp_path):
+    """ResNet-v1c files hold the classifier fc.* too; anything else must fit exactly."""
+    model = checkpoint.MODELS["fcn"](4, 18)
+    weights = {key: torch.full_like(value, 0.5) for key, value in model.backbone.state_dict().items()}
+    torch.save(weights | {"fc.weight": torch.ones(2, 2)}, tmp_path / "backbone.pth")
+    checkpoint.load_backbone(model, tmp_path / "backbone.pth", 18)
+    assert all((parameter == 0.5).all() for parameter in model.backbone.parameters())
+    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "torchvision.pth")
+    with pytest.raises(InputError, match="torchvision.pth: does not fit"):
+        checkpoint.load_backbone(model, tmp_path / "torchvision.pth", 18)
+
+
+def test_without_network_the_way_on_is_named(run_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing answers there
+    done = run_script("train.py", "--depth", 50, "--iters", 1, status=2)
+    message = done.stderr.strip().splitlines()[-1]
+    assert "--pretrained none" in message and "resnet50_v1c-2cccc1ad.pth" in message and str(tmp_path) in message
+    done = run_script("evaluate.py", "gcnet_r50-d8_512x512_80k_ade20k", status=2)
+    assert "cannot be fetched" in done.stderr and "Traceback" not in done.stderr

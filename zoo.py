@@ -1,0 +1,123 @@
+"""The published models of mmsegmentation: from a name to a file, and from a file to a checkpoint of this project.
+
+zoo.json lists the 48 with their published figures; ZOO.md shows them as tables.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from classes import bit_colours
+from layouts import InputError
+
+BACKBONES_URL = "https://download.openmmlab.com/pretrain/third_party"
+BACKBONES = {50: f"{BACKBONES_URL}/resnet50_v1c-2cccc1ad.pth", 101: f"{BACKBONES_URL}/resnet101_v1c-e67eebb6.pth"}
+
+
+def published():
+    """Name -> what zoo.json says of each published model."""
+    models = json.loads((Path(__file__).parent / "zoo.json").read_text())
+    return {model["name"]: model for model in models}
+
+
+def locate(source):
+    """The local file of a checkpoint: a path, a URL, or the name of a published model; fetched if need be."""
+    source = str(source)
+    if source in published():
+        source = published()[source]["url"]
+    path = download(source) if source.startswith(("http://", "https://")) else Path(source)
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file, and no published model of that name (ZOO.md lists them)")
+    digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if digits:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(digits[1]):
+            print(f"warning: {path}: its SHA-256 begins with {found[:8]}, not as its name says", file=sys.stderr)
+    return path
+
+
+def download(url):
+    """The file of a URL in torch.hub's cache. A transfer that was cut off goes on where it ended."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if int(os.environ.get("LOCAL_RANK", 0)):  # one process fetches; should it fail, torchrun ends the others
+        while not path.exists():
+            time.sleep(0.2)
+    if path.exists():
+        return path
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = partial.stat().st_size if partial.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            if response.status != 206:  # the server sends the whole file again
+                done = 0
+            total = done + int(response.headers.get("Content-Length", 0))
+            with (
+                open(partial, "ab" if done else "wb") as file,
+                tqdm(desc=path.name, total=total, initial=done, unit="B", unit_scale=True) as bar,
+            ):
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        if partial.stat().st_size < total:
+            raise OSError("the connection ended early; the same command goes on from there")
+    except (OSError, HTTPException, ValueError) as error:
+        raise InputError(f"{url}: cannot be fetched ({error}); or put the file here: {path}") from None
+    os.replace(partial, path)
+    return path
+
+
+def convert(state, path):
+    """A published checkpoint (weights under state_dict, the rest under meta) as one of this project."""
+    weights, meta = state["state_dict"], state.get("meta", {})
+    heads = {"gc_block": "gcnet", "nl_block": "nonlocal_net", "fusion": "ann", "convs": "fcn"}
+    model = next(
+        (heads[part] for part in heads if any(key.startswith(f"decode_head.{part}.") for key in weights)), None
+    )
+    if model is None or "decode_head.conv_seg.weight" not in weights:
+        raise InputError(f"{path}: holds none of the models of this project")
+    stage3 = {key.split(".")[2] for key in weights if key.startswith("backbone.layer3.")}
+    bottleneck = "backbone.layer3.0.conv3.weight" in weights
+    depth = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101}.get((bottleneck, len(stage3)))
+
+    # The settings stand in the config, which is kept as text.
+    text = meta.get("config") or meta.get("cfg") or ""
+    dataset = re.search("(Cityscapes|ADE20K|PascalVOC)Dataset", text)
+    scales = re.findall(r"\b(?:img_)?scale=\((\d+), *(\d+)\)", text)
+    if depth is None or not dataset or not scales:
+        raise InputError(f"{path}: its meta holds no config from which to read depth, data set and test scale")
+    slide = re.search(
+        r"mode='slide', *crop_size=\((\d+), *(\d+)\), *stride=\((\d+), *(\d+)\)", re.sub(r"\s+", " ", text)
+    )
+    window = [int(side) for side in slide.groups()] if slide else None
+    names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
+    palette = meta.get("PALETTE") or meta.get("dataset_meta", {}).get("palette")
+    classes = len(weights["decode_head.conv_seg.weight"])
+    if names is None or len(names) != classes:
+        raise InputError(f"{path}: has weights for {classes} classes, but names {len(names or ())}")
+    return {
+        "model": weights,
+        "config": {
+            "model": model,
+            "depth": depth,
+            "align_corners": bool(re.search(r"align_corners *= *True", text)),
+            "dataset": {"Cityscapes": "cityscapes", "ADE20K": "ade20k", "PascalVOC": "voc12aug"}[dataset[1]],
+            "data_root": None,
+            "scale": [int(side) for side in scales[-1]],
+            "crop_size": window and window[:2],
+            "stride": window and window[2:],
+            "classes": [name.strip() for name in names],
+            "palette": [list(colour) for colour in palette or bit_colours(classes)],
+        },
+    }
