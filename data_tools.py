@@ -114,7 +114,7 @@ def voc_aug(args):
         path = sbd / "cls" / f"{name}.mat"
         try:
             label = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0].astype(np.uint8))
-        except (OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        except Exception as error:  # whatever loadmat meets in a damaged file
             raise InputError(f"{path}: is not one of SBD's label files ({error})") from None
         label.putpalette(np.array(classes.bit_colours(256), np.uint8).tobytes())
         label.save(voc / "SegmentationClassAug" / f"{name}.png")

@@ -92,14 +92,12 @@ def convert(state, path):
     depth = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101}.get((bottleneck, len(stage3)))
 
     # The settings stand in the config, which is kept as text.
-    text = meta.get("config") or meta.get("cfg") or ""
+    text = re.sub(r"\s|,(?=\s*\))", "", meta.get("config") or meta.get("cfg") or "")
     dataset = re.search("(Cityscapes|ADE20K|PascalVOC)Dataset", text)
-    scales = re.findall(r"\b(?:img_)?scale=\((\d+), *(\d+)\)", text)
+    scales = re.findall(r"\b(?:img_)?scale=\((\d+),(\d+)\)", text)
     if depth is None or not dataset or not scales:
         raise InputError(f"{path}: its meta holds no config from which to read depth, data set and test scale")
-    slide = re.search(
-        r"mode='slide', *crop_size=\((\d+), *(\d+)\), *stride=\((\d+), *(\d+)\)", re.sub(r"\s+", " ", text)
-    )
+    slide = re.search(r"mode='slide',crop_size=\((\d+),(\d+)\),stride=\((\d+),(\d+)\)", text)
     window = [int(side) for side in slide.groups()] if slide else None
     names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
     palette = meta.get("PALETTE") or meta.get("dataset_meta", {}).get("palette")
@@ -111,7 +109,7 @@ def convert(state, path):
         "config": {
             "model": model,
             "depth": depth,
-            "align_corners": bool(re.search(r"align_corners *= *True", text)),
+            "align_corners": bool(re.search(r"align_corners=True", text)),
             "dataset": {"Cityscapes": "cityscapes", "ADE20K": "ade20k", "PascalVOC": "voc12aug"}[dataset[1]],
             "data_root": None,
             "scale": [int(side) for side in scales[-1]],

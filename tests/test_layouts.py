@@ -1,0 +1,163 @@
+"""Small trees in each data set's own layout: pairs, label values, splits, what is wrong with them; data.py's commands."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data_tools
+from data import VOID, SegmentationData
+from layouts import InputError
+
+
+def image(path, size=(6, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (50, 100, 150)).save(path)
+
+
+def label(path, values, palette=False):
+    """A label file whose first row starts with `values`, the rest is their first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.full((4, 6), values[0], np.uint8)
+    array[0, : len(values)] = values
+    file = Image.fromarray(array)
+    if palette:
+        file.putpalette(list(range(256)) * 3)
+    file.save(path)
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    for split, cities in {"train": ("aachen", "bonn"), "val": ("lindau",), "test": ("berlin",)}.items():
+        for city in cities:
+            stem = f"{split}/{city}/{city}_000000_000019"
+            image(tmp_path / f"leftImg8bit/{stem}_leftImg8bit.png")
+            label(tmp_path / f"gtFine/{stem}_gtFine_labelIds.png", (7, 8, 33, 0, 6, 29))
+            (tmp_path / f"gtFine/{stem}_gtFine_polygons.json").write_text("{}")
+    return tmp_path
+
+
+def test_cityscapes(cityscapes):
+    data = SegmentationData("cityscapes", cityscapes, "train")
+    assert [path.name for path, _ in data.files] == [
+        "aachen_000000_000019_leftImg8bit.png",
+        "bonn_000000_000019_leftImg8bit.png",
+    ]
+    assert data[0][1][0].tolist() == [0, 1, 18, VOID, VOID, VOID]
+    ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    assert [data.table[i] for i in ids] == list(range(19)) and (np.delete(data.table, ids) == VOID).all()
+    assert (
+        len(data.classes) == len(data.palette) == 19 and data.classes[13] == "car" and data.palette[0] == (128, 64, 128)
+    )
+    assert len(SegmentationData("cityscapes769", cityscapes, "val")) == 1
+
+    for path in cityscapes.rglob("*_labelIds.png"):
+        label(path.with_name(path.name.replace("labelIds", "labelTrainIds")), (0, 18, 255))
+        path.unlink()
+    data = SegmentationData("cityscapes", cityscapes, "val")
+    assert data[0][1][0].tolist() == [0, 18, VOID, 0, 0, 0]
+    label(data.files[0][1], (19,))
+    with pytest.raises(InputError, match="labelTrainIds.png: holds the value 19"):
+        data[0]
+    data.files[0][1].unlink()
+    with pytest.raises(InputError, match="lindau_000000_000019_leftImg8bit.png: has no label"):
+        SegmentationData("cityscapes", cityscapes, "val")
+
+
+def test_ade20k(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    for split in ("training", "validation"):
+        image(root / f"images/{split}/ADE_1.jpg")
+        label(root / f"annotations/{split}/ADE_1.png", (0, 1, 150, 255))
+    data = SegmentationData("ade20k", tmp_path, "val")
+    assert data[0][1][0].tolist() == [VOID, 0, 149, VOID, VOID, VOID]
+    assert len(data.classes) == len(data.palette) == 150 and data.classes[0] == "wall" and data.classes[149] == "flag"
+    label(data.files[0][1], (151,))
+    with pytest.raises(InputError, match="holds the value 151"):
+        data[0]
+
+
+@pytest.fixture
+def voc(tmp_path):
+    root = tmp_path / "VOCdevkit/VOC2012"
+    lists = {
+        "train": ["2007_1", "2007_2"],
+        "val": ["2007_3"],
+        "test": ["2008_9"],
+        "aug": ["2007_2", "2007_3", "2009_4"],
+    }
+    for split, names in lists.items():
+        (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            image(root / f"JPEGImages/{name}.jpg")
+            if split in ("train", "val"):
+                label(root / f"SegmentationClass/{name}.png", (0, 20, 255), palette=True)
+    label(root / "SegmentationClassAug/2009_4.png", (5,))
+    return root
+
+
+def test_voc12aug(voc):
+    data = SegmentationData("voc12aug", voc.parent.parent, "train")
+    assert [str(path.relative_to(voc)) for _, path in data.files] == [
+        "SegmentationClass/2007_1.png",
+        "SegmentationClass/2007_2.png",
+        "SegmentationClassAug/2009_4.png",
+    ]
+    assert data[0][1][0].tolist() == [0, 20, VOID, 0, 0, 0] and data[2][1].unique().tolist() == [5]
+    assert data.palette[1] == (128, 0, 0) and data.palette[20] == (0, 64, 128) and data.classes[20] == "tvmonitor"
+    assert len(SegmentationData("voc12aug", voc, "val")) == 1
+    assert SegmentationData("voc12aug", voc, "test")[0][1] is None
+    (voc / "ImageSets/Segmentation/aug.txt").unlink()
+    with pytest.raises(InputError, match="aug.txt: missing; make it with: python data.py voc-aug"):
+        SegmentationData("voc12aug", voc, "train")
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "cityscapes769", "ade20k", "voc12aug", "folder"])
+def test_a_wrong_root_is_told_the_layout(name, tmp_path):
+    with pytest.raises(InputError, match=r"there is no \w+/ in it; .*--data-root.* holds .*\*"):
+        SegmentationData(name, tmp_path / "nowhere", "train")
+
+
+def test_voc_aug_command(voc, tmp_path, run_script):
+    savemat = pytest.importorskip("scipy.io", reason="SBD's files are made and read with scipy").savemat
+    (tmp_path / "sbd/dataset/cls").mkdir(parents=True)
+    for value, name in enumerate(("2007_1", "2007_3", "2009_4", "2010_5"), 1):
+        content = {"GTcls": {"Segmentation": np.full((4, 6), value, np.uint8), "Boundaries": 0}}
+        savemat(tmp_path / f"sbd/dataset/cls/{name}.mat", content)
+        image(voc / f"JPEGImages/{name}.jpg")
+    done = run_script("data.py", "voc-aug", tmp_path / "sbd", "--data-root", voc)
+    assert "2 images" in done.stdout
+    assert (voc / "ImageSets/Segmentation/aug.txt").read_text().split() == ["2009_4", "2010_5"]
+    data = SegmentationData("voc12aug", voc, "train")
+    assert [data[i][1].unique().tolist() for i in (2, 3)] == [[3], [4]]
+    (tmp_path / "sbd/dataset/cls/2010_6.mat").write_bytes(b"no mat")
+    done = run_script("data.py", "voc-aug", tmp_path / "sbd", "--data-root", voc, status=2)
+    assert "2010_6.mat: is not one of SBD's label files" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_check_command(folder, run_script):
+    done = run_script("data.py", "check", "--data-root", folder)
+    assert "train: 6 of 6 pairs are good; 1 sizes (width x height): 48x40 (6)" in done.stdout
+    assert "house" in done.stdout and "good: nothing in the way" in done.stdout
+    label(folder / "annotations/train/scene1.png", (7,))
+    (folder / "images/val/scene1.png").write_bytes(b"")
+    done = run_script("data.py", "check", "--data-root", folder, status=2)
+    assert "scene1.png: holds the value 7" in done.stdout and "val/scene1.png: cannot be read" in done.stdout
+    assert "data.py: error: 2 files must be mended" in done.stderr
+
+
+def test_class_weights(folder, run_script):
+    data = SegmentationData("folder", folder, "train")
+    labels = torch.stack([data[i][1] for i in range(len(data))])
+    share = torch.tensor(
+        [(labels == c).sum() / sum((y != VOID).sum() for y in labels if (y == c).any()) for c in range(3)]
+    )
+    torch.testing.assert_close(data_tools.class_weights(["balanced"], data), share.median() / share)
+    assert data_tools.class_weights(["1", "0.5", "2"], data).tolist() == [1, 0.5, 2]
+    for given in (["1", "2"], ["1", "x", "2"], ["1", "-1", "1"]):
+        with pytest.raises(InputError, match="class-weights: takes 'balanced' or 3 numbers"):
+            data_tools.class_weights(given, data)
+    common = ("--dataset", "folder", "--data-root", folder, "--depth", 18, "--crop-size", 32, 32, "--iters", 1)
+    done = run_script("train.py", *common, "--workers", 0, "--class-weights", "balanced")
+    assert "mIoU" in done.stdout
