@@ -5,13 +5,14 @@ A checkpoint is a plain dict that torch.load(..., weights_only=True) reads:
     model       state dict; the parameter names are those of the published models
     config      what building and evaluating the model needs, and the arguments of the run
     optimizer, scaler, iteration, best_miou     where a run goes on
+
+No state of random numbers is needed: all that train.py draws follows from the seed and the iteration.
 """
 
+import contextlib
 import json
 import os
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -32,55 +33,59 @@ def build_model(config):
 
 
 def save(state, path):
-    """Writes a checkpoint so that at any moment `path` is a whole one: the old, then the new."""
+    """Writes a checkpoint."""
+    replace(path, lambda file: torch.save(state, file))
+
+
+def replace(path, write):
+    """Has write(file) fill a new file, then puts it in the place of `path`, which at any moment is whole."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         kept = "; the one before it is whole" if path.exists() else ""
-        raise InputError(f"{path}: cannot write the checkpoint ({error}){kept}") from None
+        raise InputError(f"{path}: cannot be written ({reason}){kept}") from None
 
 
 def begin_run(folder, config, start):
     """Makes a run's folder, or readies it to go on at an iteration: the log loses what was written after that."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    replace(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
     log = folder / "log.jsonl"
-    if log.exists():
-        kept = [
-            line
-            for line in log.read_text().splitlines()
-            if line.endswith("}") and json.loads(line)["iteration"] < start
-        ]
-        log.write_text("".join(line + "\n" for line in kept))
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iteration"] < start]
+    replace(log, lambda file: file.write("".join(kept).encode()))
 
 
 def read_config(folder):
     """The config of the run in a folder."""
     try:
         return json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder}: holds no run to go on with; --out names the folder of one") from None
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'}: is damaged ({error})") from None
 
 
 def read(path):
     """What torch.save wrote to a file, on the CPU. No code in the file is ever run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file can meet any of them
         objects = re.search(r"GLOBAL (\S+)", str(error))
-        if objects:
-            raise InputError(
-                f"{path}: holds {objects[1]}, which could run code. If you trust its source, strip it there: "
-                "s = torch.load(PATH, weights_only=False); torch.save({k: s[k] for k in ('meta', 'state_dict')}, PATH)"
-            ) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: is no checkpoint, or damaged ({reason})") from None
+        if not objects:
+            raise InputError(f"{path}: is no checkpoint, or damaged ({type(error).__name__})") from None
+        raise InputError(
+            f"{path}: holds {objects[1]}, which could run code. If you trust its source, strip it there: "
+            "s = torch.load(PATH, weights_only=False); torch.save({k: s[k] for k in ('meta', 'state_dict')}, PATH)"
+        ) from None
 
 
 def load(source):
@@ -94,6 +99,9 @@ def load(source):
         raise InputError(f"{path}: is no checkpoint of a model; it has no config and model, nor state_dict and meta")
     if not config.get("classes"):
         raise InputError(f"{path}: does not say how many classes its model has")
+    missing = {"model", "depth", "align_corners", "dataset", "scale", "crop_size", "stride", "palette"} - config.keys()
+    if missing or config["model"] not in MODELS:
+        raise InputError(f"{path}: its config does not name {', '.join(sorted(missing)) or 'a model of this project'}")
     return state
 
 

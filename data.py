@@ -1,11 +1,10 @@
-"""The presets, the data sets as pairs of image and label, and the transforms of training.
+"""The data sets as pairs of image and label, and the transforms of training.
 
 Images are uint8 RGB (H, W, 3), labels uint8 (H, W): the class, or 255 (VOID) where there is none. Sizes are (height,
 width), but a scale is (long side, short side), as the published recipes name it.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,33 +19,11 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 
 
-class Preset(NamedTuple):
-    """The published recipe: batch is per GPU, for 4 of them; with a stride, inference slides a window of the crop."""
-
-    scale: tuple | None
-    crop: tuple
-    batch: int
-    iters: int
-    lr: float
-    align_corners: bool
-    stride: tuple | None
-
-
-PRESETS = {
-    #                     long, short  crop h, w  batch  iters  lr  align_corners  stride
-    "cityscapes": Preset((2048, 1024), (512, 1024), 2, 40_000, 0.01, False, None),
-    "cityscapes769": Preset((2049, 1025), (769, 769), 2, 40_000, 0.01, True, (513, 513)),
-    "ade20k": Preset((2048, 512), (512, 512), 4, 80_000, 0.01, False, None),
-    "voc12aug": Preset((2048, 512), (512, 512), 4, 20_000, 0.01, False, None),
-    "folder": Preset(None, (512, 512), 4, 20_000, 0.01, False, None),  # None: each image at its own size
-    "shapes": Preset(None, (64, 64), 8, 240, 0.03, False, None),
-}
-
-
 # --------------------------------------------------------------------------------------------------------- data sets
 
 
 def open_image(path, read):
+    """read(file) of an image file that Pillow opens."""
     try:
         with Image.open(path) as file:
             return read(file)
@@ -57,6 +34,8 @@ def open_image(path, read):
 def read_image(path):
     """uint8 RGB (H, W, 3) of an image file in any mode, turned as its EXIF orientation says."""
     image = open_image(path, ImageOps.exif_transpose)
+    if image.mode == "P":  # its transparency would not go into RGB
+        image = image.convert("RGBA")
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return torch.from_numpy(np.array(image.convert("RGB")))
@@ -64,9 +43,11 @@ def read_image(path):
 
 def read_label(path, table):
     """uint8 (H, W): the classes that `table` gives to the values in a label file."""
-    mode, values = open_image(path, lambda file: (file.mode, np.asarray(file)))
-    if mode not in ("L", "P"):
-        raise InputError(f"{path}: a label must be an 8-bit grey or palette PNG of class indices; this one is {mode}")
+    kind, mode, values = open_image(path, lambda file: (file.format, file.mode, np.asarray(file)))
+    if kind != "PNG" or mode not in ("L", "P"):
+        raise InputError(
+            f"{path}: a label must be an 8-bit grey or palette PNG of class indices; this is {kind} {mode}"
+        )
     label = table[values]
     if (label == INVALID).any():
         value, allowed = values[label == INVALID][0], np.flatnonzero(table != INVALID)[[0, -2]]
@@ -87,7 +68,7 @@ class SegmentationData(Dataset):
             self.classes, self.palette = shapes.CLASSES, shapes.PALETTE
             self.files = [(Path(f"{split}{i:05}"), None) for i in range(shapes.COUNTS.get(split, 0))]
         else:
-            root = Path(root or f"data/{name.removesuffix('769')}")
+            root = Path(root or f"data/{name.removesuffix('769')}").expanduser()
             self.files, self.classes, self.palette, self.table = LAYOUTS[name](root, split)
         if not self.files:
             raise InputError(f"{root or name}: there are no images in the split {split!r}")
@@ -124,8 +105,8 @@ def resize(image, size, window=None):
     image uint8 (H, W, 3) -> uint8 (*size, 3), or only its window (top, left, height, width).
     """
     top, left, h, w = window or (0, 0, *size)
-    y = (torch.arange(top, top + h) + 0.5) * (2 / size[0]) - 1
-    x = (torch.arange(left, left + w) + 0.5) * (2 / size[1]) - 1
+    y = (torch.arange(top, top + h, device=image.device) + 0.5) * (2 / size[0]) - 1
+    x = (torch.arange(left, left + w, device=image.device) + 0.5) * (2 / size[1]) - 1
     grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
     source = image.permute(2, 0, 1)[None].float()
     out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=False)
@@ -171,6 +152,7 @@ class TrainData(Dataset):
 
 
 def nearest(old, new):
+    """int64 (new,): the pixel out of `old` nearest to each of `new`, on the grid of `resize`."""
     return ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
 
 
@@ -249,6 +231,6 @@ class Batches:
 
 if __name__ == "__main__":
     import data_tools
-    from evaluate import run
+    from cli import run
 
     run(data_tools.main)

@@ -4,7 +4,6 @@ python data.py check --dataset folder --data-root DIR      # reads every image a
 python data.py voc-aug SBD --data-root VOCdevkit/VOC2012   # SBD's .mat files to SegmentationClassAug and aug.txt
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import classes
-from data import PRESETS, VOID, InputError, SegmentationData
+from cli import Parser, whole_number
+from data import VOID, InputError, SegmentationData
 from layouts import find_root
+from settings import PRESETS
 
 
 class Scan(Dataset):
@@ -104,7 +105,7 @@ def voc_aug(args):
         from scipy.io import loadmat
     except ImportError:
         raise InputError("SBD's files need scipy: pip install scipy") from None
-    voc = find_root(Path(args.data_root or "data/voc12aug"), "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"))
+    voc = find_root(Path(args.data_root or "data/voc12aug"), "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"), "voc12aug")
     sbd = find_root(Path(args.sbd), "cls", ("dataset", "benchmark_RELEASE/dataset"))
     listed = voc / "ImageSets" / "Segmentation"
     known = {name for split in ("train", "val") for name in (listed / f"{split}.txt").read_text().split()}
@@ -123,15 +124,13 @@ def voc_aug(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="read every image and label of a data set")
     command.add_argument("--dataset", choices=PRESETS, default="folder")
     command.add_argument("--data-root", help="default: data/DATASET")
     command.add_argument("--split", help="default: train and val")
-    command.add_argument("--workers", type=int, default=2, help="processes that read (default: 2)")
+    command.add_argument("--workers", type=whole_number, default=2, help="processes that read (default: 2)")
     command.set_defaults(call=check)
     command = commands.add_parser("voc-aug", help="turn SBD's labels into VOC's form")
     command.add_argument("sbd", help="SBD's folder, the one that holds cls/ or dataset/")

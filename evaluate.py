@@ -8,19 +8,23 @@
 The modes, the resizing and the metrics are those of the published tables.
 """
 
-import argparse
+import math
 import os
-import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import checkpoint
+from cli import Parser, run, start_process, whole_number
 from data import VOID, InputError, SegmentationData, keep_ratio, normalise, resize
+from layouts import CITYSCAPES_IDS
+from settings import PRESETS
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
@@ -40,11 +44,11 @@ def slide_inference(model, images, crop_size, stride):
     image smaller than the window is taken as it is.
     """
     (height, width), (h, w) = images.shape[2:], crop_size
-    total, count = 0, images.new_zeros(height, width)
+    total, count = None, images.new_zeros(height, width)
     for top in window_starts(height, h, stride[0]):
         for left in window_starts(width, w, stride[1]):
             logits = model(images[:, :, top : top + h, left : left + w])
-            if isinstance(total, int):
+            if total is None:
                 total = logits.new_zeros(*logits.shape[:2], height, width)
             total[:, :, top : top + h, left : left + w] += logits
             count[top : top + h, left : left + w] += 1
@@ -52,6 +56,7 @@ def slide_inference(model, images, crop_size, stride):
 
 
 def window_starts(side, window, stride):
+    """Where windows begin along a side: the grid, the last one shifted back inside."""
     steps = max(side - window + stride - 1, 0) // stride + 1
     return [max(min(i * stride, side - window), 0) for i in range(steps)]
 
@@ -62,6 +67,7 @@ def logits_at(model, images, size, crop_size=None, stride=None):
     return F.interpolate(logits, size, mode="bilinear", align_corners=model.align_corners)
 
 
+@torch.no_grad()
 def multi_scale_flip(model, image, scale, ratios=RATIOS, crop_size=None, stride=None):
     """Mean of the softmax over views of one image, float32 (K, H, W).
 
@@ -79,14 +85,20 @@ def multi_scale_flip(model, image, scale, ratios=RATIOS, crop_size=None, stride=
 
 
 @torch.inference_mode()
-def predict(model, image, config, aug=False):
-    """The class of each pixel, uint8 (H, W), of one uint8 RGB image (H, W, 3); config is the checkpoint's."""
+def scores(model, image, config, aug=False):
+    """Float (K, H, W), largest at a pixel's class, of one uint8 RGB image (H, W, 3) as a checkpoint's config says:
+    logits, or with aug the mean probabilities."""
     device, size = next(model.parameters()).device, tuple(image.shape[:2])
     scale, window = config["scale"] or size, (config["crop_size"], config["stride"])
     if aug:
-        return multi_scale_flip(model, image, scale, RATIOS, *window).argmax(0).byte()
+        return multi_scale_flip(model, image, scale, RATIOS, *window)
     view = resize(torch.as_tensor(image, device=device), keep_ratio(size, scale))
-    return logits_at(model, normalise(view.permute(2, 0, 1)[None]), size, *window)[0].argmax(0).byte()
+    return logits_at(model, normalise(view.permute(2, 0, 1)[None]), size, *window)[0]
+
+
+def predict(model, image, config, aug=False):
+    """The class of each pixel, uint8 (H, W) on the CPU; the arguments are those of `scores`."""
+    return scores(model, image, config, aug).max(0).indices.byte().cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -116,72 +128,73 @@ def metrics(matrix):
     }
 
 
-def evaluate(model, data, config, aug=False, workers=0, rank=0, world=1):
-    """metrics() of the model, in eval mode, over a data set; each of `world` processes takes every world-th image."""
-    device = next(model.parameters()).device
-    matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
-    loader = DataLoader(Subset(data, range(rank, len(data), world)), batch_size=None, num_workers=workers)
+def evaluate(model, data, config, aug=False, workers=0, rank=0, world=1, save=None, with_loss=False):
+    """metrics() of the model, in eval mode, over a data set; with_loss adds the `loss` that training would have on it.
+
+    Each of `world` processes takes every world-th image. save(index, prediction) is called with each label map; with
+    it a split may be without labels, and the metrics are NaN.
+    """
+    device, indices = next(model.parameters()).device, range(rank, len(data), world)
+    matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64)
+    loss = torch.zeros(2, dtype=torch.float64)  # summed over pixels, and their number
+    loader = DataLoader(Subset(data, indices), batch_size=None, num_workers=workers)
     with tqdm(loader, "evaluating", disable=rank > 0, leave=False, dynamic_ncols=True) as bar:
-        for image, label in bar:
+        for i, (image, label) in zip(indices, bar, strict=True):
+            score = scores(model, image, config, aug)
+            prediction = score.max(0).indices.byte().cpu()
+            if save:
+                save(i, prediction)
             if label is None:
-                raise InputError(f"{data.name}: the split {data.split!r} has no labels to compare with")
-            matrix += confusion_matrix(predict(model, image, config, aug), label.to(device), len(data.classes))
+                if not save:
+                    raise InputError(f"{data.name}: split {data.split!r} has no labels; --save DIR writes predictions")
+                continue
+            matrix += confusion_matrix(prediction, label, len(data.classes))
+            if with_loss:
+                target = label.to(device).long()[None]
+                total = F.cross_entropy(score[None], target, ignore_index=VOID, reduction="sum")
+                loss += torch.tensor([total.item(), label.numel()], dtype=torch.float64)
     if world > 1:
-        dist.all_reduce(matrix)
-    return metrics(matrix)
+        totals = torch.cat([matrix.flatten().double(), loss]).to(device)  # counts are exact in float64 up to 2^53
+        dist.all_reduce(totals)
+        matrix, loss = totals[:-2].reshape(matrix.shape).cpu(), totals[-2:].cpu()
+    if not save and matrix.sum() == 0:
+        raise InputError(f"{data.name}: all labels of the split {data.split!r} are void")
+    result = metrics(matrix)
+    return result | {"loss": (loss[0] / loss[1]).item()} if with_loss else result
 
 
 def report(result, names):
     """The table of metrics() in percent, as text."""
-    rows = [f"{name:<24}{iou:>8.2f}{acc:>8.2f}" for name, iou, acc in zip(names, *percent(result), strict=True)]
+    figures = zip(names, (100 * result["IoU"]).tolist(), (100 * result["Acc"]).tolist(), strict=True)
+    rows = [f"{name:<24}{iou:>8.2f}{acc:>8.2f}" for name, iou, acc in figures]
     total = "mIoU {mIoU:.2%}   mAcc {mAcc:.2%}   aAcc {aAcc:.2%}".format(**result)
     return "\n".join([f"{'class':<24}{'IoU':>8}{'Acc':>8}", *rows, total])
 
 
-def percent(result):
-    return [(100 * result[name]).tolist() for name in ("IoU", "Acc")]
+def submission_table(dataset):
+    """uint8 (256,): the value for each class in the label maps that a data set's test server takes."""
+    table = np.arange(256, dtype=np.uint8)
+    if dataset.startswith("cityscapes"):
+        table[:19] = CITYSCAPES_IDS
+    if dataset == "ade20k":
+        table[:150] += 1
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def start_process():
-    """(device, rank, world) of this process, alone or one of torchrun's."""
-    cuda = torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return device, rank, world
-
-
-def run(main):
-    """Calls main(). What its user can mend is one line on stderr and exit status 2, not a traceback."""
-    try:
-        main()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        # What a data-loading worker raises arrives with its traceback as text; the message is the end of it.
-        message = str(error).rpartition("InputError: ")[2] if isinstance(error, InputError) else str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "the GPU's memory is too small; lower --batch-size or --crop-size, or use --amp bf16"
-        print(f"{Path(sys.argv[0]).name}: error: {message.strip()}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", help="file, URL or published name; default: runs/'s newest best.pt")
     parser.add_argument("--checkpoint", dest="named", metavar="CHECKPOINT", help="the same")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
-    parser.add_argument("--dataset", help="default: the one it was trained on")
+    parser.add_argument("--dataset", choices=PRESETS, help="default: the one it was trained on")
     parser.add_argument("--data-root", help="the data set's folder; default: the one it was trained on")
     parser.add_argument("--split", default="val", help="train, val or test (default: val)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: 2)")
+    parser.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
+    parser.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
+    parser.add_argument("--workers", type=whole_number, default=2, help="processes that read images (default: 2)")
     args = parser.parse_args()
 
     device, rank, world = start_process()
@@ -191,13 +204,35 @@ def main():
     data = SegmentationData(args.dataset or config["dataset"], args.data_root or config["data_root"], args.split)
     model = checkpoint.build_model(config)
     checkpoint.load_weights(model, state["model"], source)
-    named_alike = data.name != "folder" or list(data.classes) == config["classes"]
-    if len(data.classes) != len(config["classes"]) or not named_alike:
-        raise InputError(f"--dataset {data.name}: its classes are not those of the checkpoint, {source}")
+    # Published files spell a few names of the well-known data sets otherwise; own classes must be the same.
+    if len(data.classes) != len(config["classes"]) or (
+        data.name == "folder" and list(data.classes) != config["classes"]
+    ):
+        names = [", ".join(some) for some in (data.classes[:4], config["classes"][:4])]
+        raise InputError(
+            f"--dataset {data.name}: its {len(data.classes)} classes ({names[0]} ...) are not the "
+            f"{len(config['classes'])} of {source} ({names[1]} ...)"
+        )
     model.eval().to(device, memory_format=torch.channels_last)
-    result = evaluate(model, data, config, args.aug, args.workers, rank, world)
-    if rank == 0:
+    folder = Path(args.save or args.submit) if args.save or args.submit else None
+    table = submission_table(data.name) if args.submit else np.arange(256, dtype=np.uint8)
+
+    common = os.path.commonpath([path.parent for path, _ in data.files])
+
+    def save(index, prediction):
+        image = data.files[index][0]
+        path = (folder / (image.relative_to(common) if data.name == "folder" else image.name)).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(table[prediction])
+        if args.save or data.name == "voc12aug":
+            picture.putpalette(np.array(data.palette, np.uint8).tobytes())
+        picture.save(path)
+
+    result = evaluate(model, data, config, args.aug, args.workers, rank, world, save if folder else None)
+    if rank == 0 and not math.isnan(result["aAcc"]):
         print(report(result, data.classes))
+    if rank == 0 and folder:
+        print(f"{len(data)} label maps in {folder}/")
 
 
 if __name__ == "__main__":

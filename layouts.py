@@ -12,6 +12,9 @@ Each function takes the root and a split and returns
     table             uint8 (256,): the class of each value in a label file, VOID or INVALID
 """
 
+import os
+from pathlib import Path
+
 import numpy as np
 
 import classes
@@ -20,17 +23,19 @@ VOID = 255  # no class here: neither trained on nor counted
 INVALID = 254  # a value that no label file of the data set may hold
 
 
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # label id of each of the 19 train ids
+
+
 class InputError(Exception):
     """The input is at fault, not the program: commands show the message alone and exit with status 2."""
 
 
-def find_root(root, marker, parents=()):
-    """The folder that holds `marker`: root itself or root/parent."""
+def find_root(root, marker, parents=(), name=None):
+    """The folder that holds `marker`: root itself or root/parent. If none does, says the layout of data set `name`."""
     for folder in (root, *(root / parent for parent in parents)):
         if (folder / marker).is_dir():
             return folder
-    layouts = (line.split(maxsplit=1)[1] for line in __doc__.splitlines() if f" {marker}/" in line)
-    layout = next(layouts, f"{marker}/")
+    layout = next((line.split(maxsplit=1)[1] for line in __doc__.splitlines() if f"    {name} " in line), f"{marker}/")
     raise InputError(f"{root}: there is no {marker}/ in it; it must be the folder (--data-root) that holds {layout}")
 
 
@@ -40,7 +45,8 @@ def match(images, image_ends, labels, label_ends):
 
     def index(folder, ends):
         found = {}
-        for path in sorted(folder.rglob("*")):
+        paths = (Path(place, file) for place, _, files in os.walk(folder, followlinks=True) for file in files)
+        for path in sorted(path for path in paths if not path.name.startswith(".")):
             name = path.relative_to(folder).as_posix()
             end = next((end for end in ends if name.lower().endswith(end.lower())), None)
             if end and found.setdefault(name[: -len(end)], path) != path:
@@ -66,16 +72,22 @@ def label_table(mapping, other=INVALID):
 
 
 def identity(count):
+    """The table of label files that hold the classes themselves."""
     return label_table({i: i for i in range(count)})
 
 
 def folder(root, split):
-    root = find_root(root, "images")
+    root = find_root(root, "images", name="folder")
     if not (root / "classes.txt").is_file():
         raise InputError(
             f"{root / 'classes.txt'}: missing; it must name the classes, one a line, in the order of labels"
         )
-    names = (root / "classes.txt").read_text().splitlines()
+    try:
+        names = (root / "classes.txt").read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{root / 'classes.txt'}: is not text in UTF-8 ({error})") from None
+    if not 1 <= len(names) <= INVALID:
+        raise InputError(f"{root / 'classes.txt'}: names {len(names)} classes; there may be 1 to {INVALID}")
     for line, name in enumerate(names, 1):
         if not name.strip() or name in names[: line - 1]:
             raise InputError(
@@ -86,25 +98,25 @@ def folder(root, split):
 
 
 def ade20k(root, split):
-    root = find_root(root, "images", ("ADEChallengeData2016",))
+    root = find_root(root, "images", ("ADEChallengeData2016",), "ade20k")
     split = {"train": "training", "val": "validation"}.get(split, split)
     files = match(root / "images" / split, (".jpg",), root / "annotations" / split, (".png",))
     return files, classes.ADE20K, classes.ADE20K_PALETTE, label_table({0: VOID} | {i + 1: i for i in range(150)})
 
 
 def cityscapes(root, split):
-    root = find_root(root, "leftImg8bit")
+    root = find_root(root, "leftImg8bit", name="cityscapes")
     images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
     train_ids = next(labels.rglob("*_gtFine_labelTrainIds.png"), None)
     end = "_gtFine_labelTrainIds.png" if train_ids else "_gtFine_labelIds.png"
-    ids = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
-    table = identity(19) if train_ids else label_table({v: i for i, v in enumerate(ids)}, other=VOID)
+    ids = {value: i for i, value in enumerate(CITYSCAPES_IDS)}
+    table = identity(19) if train_ids else label_table(ids, other=VOID)
     return match(images, ("_leftImg8bit.png",), labels, (end,)), classes.CITYSCAPES, classes.CITYSCAPES_PALETTE, table
 
 
 def voc12aug(root, split):
     """Trains on VOC's train.txt and what SBD adds to it (aug.txt less VOC's train and val images): 10,582 in all."""
-    root = find_root(root, "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"))
+    root = find_root(root, "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"), "voc12aug")
 
     def names(which):
         path = root / "ImageSets" / "Segmentation" / f"{which}.txt"

@@ -1,4 +1,7 @@
-"""Pictures of segmentations."""
+"""Pictures of segmentations and of a run's course."""
+
+import json
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,24 +16,53 @@ def colour(label, palette):
     return Image.fromarray(table[np.asarray(label)])
 
 
-def compare(rows, names, palette, tile=256, gap=8):
-    """One picture of several (image, label, prediction), a row each, with a legend of the classes that appear."""
-    font = ImageFont.load_default(14)
-    shown = sorted({int(v) for _, *maps in rows for values in maps for v in np.unique(values) if v < len(names)})
-    height, width = rows[0][0].shape[:2]
-    size = (max(tile * width // height, 1), tile)
-    columns = max(3 * (size[0] + gap) // 150, 1)
-    bottom = 24 + len(rows) * (tile + gap)
-    canvas = Image.new("RGB", (3 * (size[0] + gap) + gap, bottom + 22 * (-(-len(shown) // columns)) + gap), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    for column, title in enumerate(("image", "truth (void black)", "prediction")):
-        pen.text((gap + column * (size[0] + gap), 4), title, INK, font)
-    for row, (image, *maps) in enumerate(rows):
-        for column, picture in enumerate([Image.fromarray(np.asarray(image)), *(colour(m, palette) for m in maps)]):
-            how = Image.Resampling.NEAREST if column or height < tile else Image.Resampling.BILINEAR
-            canvas.paste(picture.resize(size, how), (gap + column * (size[0] + gap), 24 + row * (tile + gap)))
+def with_legend(picture, shown, names, palette, gap=8, cell=150):
+    """The picture, and below it the names and colours of the classes in `shown`."""
+    shown = [int(index) for index in shown if index < len(names)]
+    columns = max((picture.width - gap) // cell, 1)
+    height = 22 * math.ceil(len(shown) / columns) + gap
+    canvas = Image.new("RGB", (max(picture.width, cell + gap), picture.height + gap + height), PAPER)
+    canvas.paste(picture)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for i, index in enumerate(shown):
-        x, y = gap + i % columns * 150, bottom + i // columns * 22
+        x, y = gap + i % columns * cell, picture.height + gap + i // columns * 22
         pen.rectangle((x, y, x + 14, y + 14), tuple(palette[index]), INK)
         pen.text((x + 20, y - 2), names[index][:16], INK, font)
     return canvas
+
+
+def compare(rows, names, palette, tile=256, gap=8):
+    """One picture of several (image, label, prediction), a row each, with a legend of the classes they show."""
+    font = ImageFont.load_default(14)
+    aspect = max(image.shape[1] / image.shape[0] for image, _, _ in rows)
+    width = min(max(int(tile * aspect), 120), 4 * tile)
+    canvas = Image.new("RGB", (3 * (width + gap) + gap, 24 + len(rows) * (tile + gap)), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    for column, title in enumerate(("image", "truth (void black)", "prediction")):
+        pen.text((gap + column * (width + gap), 4), title, INK, font)
+    for row, (image, *maps) in enumerate(rows):
+        for column, picture in enumerate([Image.fromarray(np.asarray(image)), *(colour(m, palette) for m in maps)]):
+            factor = min(width / picture.width, tile / picture.height)
+            size = [max(int(side * factor), 1) for side in picture.size]
+            how = Image.Resampling.NEAREST if column or factor > 1 else Image.Resampling.BILINEAR
+            canvas.paste(picture.resize(size, how), (gap + column * (width + gap), 24 + row * (tile + gap)))
+    shown = set().union(*(np.unique(m).tolist() for _, *maps in rows for m in maps))
+    return with_legend(canvas, sorted(shown), names, palette)
+
+
+def curves(folder):
+    """Writes curves.png of a run's log.jsonl: loss, learning rate and mIoU; nothing where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axes, names in zip(figure.subplots(1, 3), (("loss", "val_loss"), ("lr",), ("mIoU",)), strict=True):
+        for name in names:
+            points = [(line["iteration"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if name in ("val_loss", "mIoU") else None)
+        axes.set_xlabel("iteration")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=100)

@@ -8,15 +8,13 @@
 A run lives in one folder: config.json, last.pt, best.pt, log.jsonl, samples/*.png. Ctrl-C leaves a checkpoint.
 """
 
-import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,15 +24,18 @@ from tqdm import tqdm
 
 import checkpoint
 import data_tools
-from data import PRESETS, Batches, InputError, SegmentationData, TrainData, to_device
-from evaluate import evaluate, predict, report, run, start_process
-from pictures import compare
+import settings
+from cli import run, start_process
+from data import Batches, InputError, SegmentationData, TrainData, to_device
+from evaluate import evaluate, predict, report
+from pictures import compare, curves
 
 SAVE_SECONDS = 300  # at most so much work is lost
 
 
 def poly_lr(iteration, iters, lr=0.01, min_lr=1e-4, power=0.9):
-    """The learning rate of an iteration in 0..iters-1: from lr down to min_lr."""
+    """The learning rate of an iteration in 0..iters-1: from lr down to min_lr, if lr is not below that already."""
+    min_lr = min(min_lr, lr)
     return (lr - min_lr) * (1 - iteration / iters) ** power + min_lr
 
 
@@ -44,91 +45,8 @@ def segmentation_loss(logits, labels, weight=None):
     return F.cross_entropy(logits, labels, weight, ignore_index=255, reduction="sum") / labels.numel()
 
 
-def parse_config():
-    """(config, out, resume): the run's settings; what is not given comes from the run itself or from the preset."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
-    add = parser.add_argument
-    add("--model", choices=checkpoint.MODELS, help="default: gcnet")
-    add("--dataset", choices=PRESETS, help="default: shapes, which is drawn, not read")
-    add("--data-root", help="the data set's folder (default: data/DATASET)")
-    add("--depth", type=int, choices=(18, 34, 50, 101), help="of the ResNet (default: 50, with shapes 18)")
-    add("--crop-size", type=positive, nargs=2, metavar=("H", "W"), help="default: the data set's preset")
-    add("--batch-size", type=positive, help="images per process (default: the preset, made for 4 processes)")
-    add("--accumulate", type=positive, help="batches per step (default: 1)")
-    add("--iters", type=positive, help="steps (default: the preset)")
-    add("--lr", type=float, help="the first learning rate (default: the preset, 0.01)")
-    add("--pretrained", help="the backbone's weights: none, file or URL (default: ImageNet's for depth 50 and 101)")
-    add("--init", help="start from a whole checkpoint: file, URL or published name; its classifiers only if they fit")
-    add("--class-weights", nargs="+", help="of the loss: a number per class, or balanced: sqrt(median / frequency)")
-    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision (default: none)")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--workers", type=int, help="data-loading processes of each process (default: 2)")
-    add("--seed", type=int, help="of the weights, the order and the augmentation (default: 0)")
-    add("--out", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
-    add("--resume", action="store_true", help="go on with the run in --out; its settings need not be given again")
-    given = vars(parser.parse_args())
-
-    out, resume = given.pop("out", None), given.pop("resume", False)
-    config = {"model": "gcnet", "dataset": "shapes"} | given
-    preset = PRESETS[config["dataset"]]
-    config.setdefault("depth", 18 if config["dataset"] == "shapes" else 50)
-    out = Path(out or "runs/{model}-r{depth}-{dataset}".format(**config))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
-        resume = (out / "config.json").exists()
-    if resume:
-        saved = checkpoint.read_config(out)
-        for name in sorted(given.keys() - {"workers", "data_root", "batch_size", "accumulate"}):
-            if given[name] != saved[name]:
-                raise InputError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved[name]}")
-        return saved | given, out, resume
-    defaults = {
-        "data_root": None,
-        "crop_size": list(preset.crop),
-        "batch_size": preset.batch,
-        "accumulate": 1,
-        "iters": preset.iters,
-        "lr": preset.lr,
-        "init": None,
-        "class_weights": None,
-        "pretrained": "imagenet" if config["depth"] >= 50 else "none",
-        "amp": "none",
-        "compile": False,
-        "workers": 2,
-        "seed": 0,
-        "align_corners": preset.align_corners,
-        "scale": preset.scale and list(preset.scale),
-    }
-    config = defaults | config
-    config["stride"] = preset.stride and [min(pair) for pair in zip(preset.stride, config["crop_size"], strict=True)]
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
-    return config, out, resume
-
-
-def published_batch(config, world):
-    """What to say where the run has other than the published recipe's images per step, and how to match it; or None."""
-    preset, effective = PRESETS[config["dataset"]], config["effective_batch"]
-    published, forward = 4 * preset.batch, config["batch_size"] * world
-    if config["dataset"] in ("folder", "shapes") or effective == published:
-        return None
-    ways = [f"--lr {preset.lr * effective / published:g}"]
-    if published % forward == 0:
-        ways.insert(0, f"--accumulate {published // forward} (but BatchNorm sees {config['batch_size']} x {world})")
-    if published % world == 0:
-        ways.insert(0, f"--batch-size {published // world}")
-    return f"the published recipe has {published} images per step; its like: {', or '.join(ways)}"
-
-
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def main():
-    config, out, resume = parse_config()
+    config, out, resume = settings.parse(__doc__)
     device, rank, world = start_process()
     crop_size, iters, seed, accumulate = (config[name] for name in ("crop_size", "iters", "seed", "accumulate"))
 
@@ -138,7 +56,12 @@ def main():
     if config.setdefault("effective_batch", effective) != effective:
         wanted = config["effective_batch"]
         raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, this would be {effective}")
-    config |= {"classes": list(train_data.classes), "palette": [list(colour) for colour in train_data.palette]}
+    for data in (train_data, val_data):
+        if data.files[0][1] is None and data.name != "shapes":
+            raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
+    if config.setdefault("classes", list(train_data.classes)) != list(train_data.classes):
+        raise InputError(f"{out}: the run was trained on other classes: {', '.join(config['classes'][:4])} ...")
+    config |= {"palette": [list(colour) for colour in train_data.palette]}
 
     class_weights = data_tools.class_weights(config["class_weights"], train_data, config["workers"], rank, world)
     if class_weights is not None:
@@ -150,7 +73,7 @@ def main():
     sync_bn = world > 1 and device.type == "cuda"
     norm = "SyncBatchNorm" if sync_bn else "BatchNorm"
     notes = [f"{world} x {config['batch_size']} x {accumulate} = {effective} images per step; {norm}, {device}"]
-    notes.append(published_batch(config, world))
+    notes.append(settings.published_batch(config, world))
     state = checkpoint.load(out / "last.pt") if resume and (out / "last.pt").exists() else None
     if state is None and config["init"]:
         notes.append(checkpoint.load_initial(model, config["init"]))
@@ -163,7 +86,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
     start, best_miou = 0, -1.0
     if state:
-        model.load_state_dict(state["model"])
+        checkpoint.load_weights(model, state["model"], out / "last.pt")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, best_miou = state["iteration"], state["best_miou"]
@@ -176,8 +99,13 @@ def main():
     amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
 
     received = []
+
+    def finish_step(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
     for number in (signal.SIGINT, signal.SIGTERM):  # the loaders' workers inherit this, and leave the end to the loop
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, finish_step)
     batches = Batches(len(train_data), config["batch_size"], seed, start * accumulate, iters * accumulate, rank, world)
     samples = TrainData(train_data, crop_size, config["scale"], seed)
     pin = device.type == "cuda"
@@ -193,22 +121,36 @@ def main():
         state = {key: part.state_dict() for key, part in parts.items()}
         checkpoint.save(state | {"config": config, "iteration": iteration, "best_miou": best_miou}, out / name)
 
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(out, purge_step=start) if rank == 0 else None
+    except ImportError:
+        board = None
+
     def log(**values):
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps({"iteration": iteration} | values) + "\n")
+        for name, value in values.items() if board else ():
+            board.add_scalar(name, value, iteration)
 
     def validate():
         nonlocal best_miou
         if world > 1:  # they differ with plain BatchNorm: rank 0's count, as in the checkpoint
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        result = evaluate(model.eval(), val_data, config, workers=config["workers"], rank=rank, world=world)
+        model.eval()
+        result = evaluate(model, val_data, config, False, config["workers"], rank, world, with_loss=True)
         if rank == 0:
-            log(**{name: result[name] for name in ("mIoU", "mAcc", "aAcc")})
-            rows = [(*val_data[i], predict(model, val_data[i][0], config).cpu()) for i in range(min(4, len(val_data)))]
-            picture = out / "samples" / f"{iteration:06}.png"
-            compare(rows, config["classes"], config["palette"]).save(picture)
-            tqdm.write(f"iteration {iteration}: mIoU {result['mIoU']:.2%}, {picture}")
+            log(val_loss=result["loss"], **{name: result[name] for name in ("mIoU", "mAcc", "aAcc")})
+            rows = [(*val_data[i], predict(model, val_data[i][0], config)) for i in range(min(4, len(val_data)))]
+            path = out / "samples" / f"{iteration:06}.png"
+            picture = compare(rows, config["classes"], config["palette"])
+            picture.save(path)
+            curves(out)
+            if board:
+                board.add_image("samples", np.asarray(picture), iteration, dataformats="HWC")
+            tqdm.write(f"iteration {iteration}: mIoU {result['mIoU']:.2%}, {path}")
             if result["mIoU"] > best_miou:
                 best_miou = result["mIoU"]
                 save("best.pt")
@@ -218,7 +160,7 @@ def main():
     def due():
         return iteration == iters or iteration > 0 and iteration % -(-iters // 10) == 0
 
-    iteration, last_save = start, time.monotonic()
+    iteration, skipped, last_save = start, 0, time.monotonic()
     model.train()
     if due():  # the run may have ended in the middle of this validation
         result = validate()
@@ -251,14 +193,23 @@ def main():
                 raise InputError(
                     f"iteration {iteration}: the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {files}"
                 )
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            skipped += scaler.get_scale() < scale  # fp16: a gradient overflowed, the weights stay
 
             speed = effective / (time.monotonic() - step_start)
-            if rank == 0 and iteration % 10 == 0:
-                log(loss=loss, aux_loss=aux_loss, lr=lr, images_per_second=speed)
+            if rank == 0 and iteration % max(iters // 1000, 1) == 0:
+                log(
+                    loss=loss,
+                    aux_loss=aux_loss,
+                    lr=lr,
+                    images_per_second=speed,
+                    **{"skipped": skipped} if skipped else {},
+                )
             iteration += 1
-            bar.set_postfix_str(f"loss {loss + aux_loss:.3f}, lr {lr:.4f}, {speed:.1f} images/s", refresh=False)
+            note = f", {skipped} steps skipped" if skipped else ""
+            bar.set_postfix_str(f"loss {loss + aux_loss:.3f}, lr {lr:.4f}, {speed:.1f} images/s{note}", refresh=False)
             bar.update()
             if rank == 0 and (stop or due() or time.monotonic() - last_save > SAVE_SECONDS):
                 save("last.pt")

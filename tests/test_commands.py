@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_none_is_one_line(folder, run_script, tmp_path):
     for name, state in {"list": [1], "classes": model, "code": {"model": Malicious()}}.items():
         torch.save(state, tmp_path / name)
     words = {"text": "no checkpoint", "empty": "no checkpoint", "list": "no config", "classes": "how many classes"}
-    for name, word in {**words, "code": "no checkpoint", "missing": "no such"}.items():
+    for name, word in {**words, "code": "could run code", "missing": "no such"}.items():
         one_line(run_script("evaluate.py", name, status=2), "evaluate.py", [name, word])
     assert not (tmp_path / "executed").exists()
     one_line(run_script("evaluate.py", status=2), "evaluate.py", ["no run", "train.py"])

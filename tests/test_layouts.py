@@ -1,4 +1,4 @@
-"""Small trees in each data set's own layout: pairs, label values, splits, what is wrong with them; data.py's commands."""
+"""Small trees in each data set's own layout, right and wrong; the commands of data.py."""
 
 import numpy as np
 import pytest

@@ -132,7 +132,7 @@ def test_commands_take_published_files(run_script, tmp_path):
     data = ("--dataset", "folder", "--data-root", folder)
     assert "mIoU" in run_script("evaluate.py", "model.pth", *data).stdout
 
-    small = ("--depth", 18, "--crop-size", 32, 32, "--batch-size", 2, "--iters", 1, "--workers", 0, "--lr", 0)
+    small = ("--depth", 18, "--crop-size", 32, 32, "--batch-size", 2, "--iters", 1, "--workers", 0, "--lr", 1e-6)
     same = run_script("train.py", "--model", "ann", *data, *small, "--init", "model.pth", "--out", "same")
     assert "all weights, classifiers too" in same.stdout
     (folder / "classes.txt").write_text("class 0\nclass 1\nclass 2\nfourth\n")

@@ -1,0 +1,65 @@
+"""What the commands share: the parser, the process among its like, and mistakes as one line."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from layouts import InputError
+
+
+def start_process():
+    """(device, rank, world) of this process, alone or one of torchrun's."""
+    cuda = torch.cuda.is_available()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return device, rank, world
+
+
+def whole_number(text):
+    """A whole number from 0 to 2^31 - 1, for argparse."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2147483647")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows a module's docstring as it is written; a mistake on the command line is one line like any other."""
+
+    def __init__(self, description=None, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def run(main):
+    """Calls main(). What its user can mend is one line on stderr and exit status 2, not a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, OSError, RuntimeError) as error:
+        message = str(error)
+        if isinstance(error, InputError):
+            # What a data-loading worker raises arrives with its traceback as text; the message is the end of it.
+            message = message.rpartition("InputError: ")[2]
+        elif "out of memory" in message or "can't allocate memory" in message:
+            message = "out of memory; lower --batch-size or --crop-size, or try --amp bf16"
+        elif dist.is_initialized() and "peer" in message:
+            sys.exit(1)  # another process has failed: the message is its own
+        elif not isinstance(error, OSError):
+            raise
+        time.sleep(2 * (os.environ.get("RANK", "0") != "0"))  # what all processes meet, the first one says
+        print(f"{Path(sys.argv[0]).name}: error: {message.strip()}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()

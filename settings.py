@@ -1,0 +1,125 @@
+"""The presets, and the settings of a training run: from its command line, a preset, or the run that it resumes."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import checkpoint
+from cli import Parser, whole_number
+from layouts import InputError
+
+
+class Preset(NamedTuple):
+    """The published recipe: batch is per GPU, for 4 of them; with a stride, inference slides a window of the crop."""
+
+    scale: tuple | None
+    crop: tuple
+    batch: int
+    iters: int
+    lr: float
+    align_corners: bool
+    stride: tuple | None
+
+
+PRESETS = {
+    #                     long, short  crop h, w  batch  iters  lr  align_corners  stride
+    "cityscapes": Preset((2048, 1024), (512, 1024), 2, 40_000, 0.01, False, None),
+    "cityscapes769": Preset((2049, 1025), (769, 769), 2, 40_000, 0.01, True, (513, 513)),
+    "ade20k": Preset((2048, 512), (512, 512), 4, 80_000, 0.01, False, None),
+    "voc12aug": Preset((2048, 512), (512, 512), 4, 20_000, 0.01, False, None),
+    "folder": Preset(None, (512, 512), 4, 20_000, 0.01, False, None),  # None: each image at its own size
+    "shapes": Preset(None, (64, 64), 8, 240, 0.03, False, None),
+}
+
+
+def parse(description):
+    """(config, out, resume): the run's settings; what is not given comes from the run itself or from the preset."""
+    parser = Parser(description, argument_default=argparse.SUPPRESS)  # leaves out what was not given
+    add = parser.add_argument
+    add("--model", choices=checkpoint.MODELS, help="default: gcnet")
+    add("--dataset", choices=PRESETS, help="default: shapes, which is drawn, not read")
+    add("--data-root", help="the data set's folder (default: data/DATASET)")
+    add("--depth", type=int, choices=(18, 34, 50, 101), help="of the ResNet (default: 50, with shapes 18)")
+    add("--crop-size", type=positive, nargs=2, metavar=("H", "W"), help="default: the data set's preset")
+    add("--batch-size", type=positive, help="images per process (default: the preset, made for 4 processes)")
+    add("--accumulate", type=positive, help="batches per step (default: 1)")
+    add("--iters", type=positive, help="steps (default: the preset)")
+    add("--lr", type=rate, help="the first learning rate (default: the preset, 0.01)")
+    add("--pretrained", help="the backbone's weights: none, file or URL (default: ImageNet's for depth 50 and 101)")
+    add("--init", help="start from a whole checkpoint: file, URL or published name; its classifiers only if they fit")
+    add("--class-weights", nargs="+", help="of the loss: a number per class, or balanced: median / frequency")
+    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision (default: none)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--workers", type=whole_number, help="data-loading processes of each process (default: 2)")
+    add("--seed", type=whole_number, help="of the weights, the order and the augmentation (default: 0)")
+    add("--out", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
+    add("--resume", action="store_true", help="go on with the run in --out; its settings need not be given again")
+    given = vars(parser.parse_args())
+
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    chosen = {"model": "gcnet", "dataset": "shapes"} | given
+    preset = PRESETS[chosen["dataset"]]
+    chosen.setdefault("depth", 18 if chosen["dataset"] == "shapes" else 50)
+    out = Path(out or "runs/{model}-r{depth}-{dataset}".format(**chosen))
+    if given.get("data_root"):
+        given["data_root"] = str(Path(given["data_root"]).expanduser().resolve())
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
+        resume = (out / "config.json").exists()
+    saved = checkpoint.read_config(out) if resume else {}
+    if not resume and (out / "last.pt").exists():
+        raise InputError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
+    defaults = {
+        "data_root": None,
+        "crop_size": list(preset.crop),
+        "batch_size": preset.batch,
+        "accumulate": 1,
+        "iters": preset.iters,
+        "lr": preset.lr,
+        "init": None,
+        "class_weights": None,
+        "pretrained": "imagenet" if chosen["depth"] >= 50 else "none",
+        "amp": "none",
+        "compile": False,
+        "workers": 2,
+        "seed": 0,
+        "align_corners": preset.align_corners,
+        "scale": preset.scale and list(preset.scale),
+    }
+    for name in sorted(given.keys() - {"workers", "data_root", "batch_size", "accumulate"}):
+        if resume and given[name] != saved.get(name, defaults.get(name)):
+            raise InputError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved.get(name)}")
+    config = defaults | chosen | saved | given
+    height, width = config["crop_size"]
+    if config["batch_size"] == 1 and height <= 8 and width <= 8:
+        raise InputError("--batch-size 1 with --crop-size 8 8 or less: BatchNorm needs more than one value per channel")
+    config["stride"] = preset.stride and [min(preset.stride[0], height), min(preset.stride[1], width)]
+    return config, out, resume
+
+
+def published_batch(config, world):
+    """What to say where the run has other than the published recipe's images per step, and how to match it; or None."""
+    preset, effective = PRESETS[config["dataset"]], config["effective_batch"]
+    published, forward = 4 * preset.batch, config["batch_size"] * world
+    if config["dataset"] in ("folder", "shapes") or effective == published:
+        return None
+    ways = [f"--lr {preset.lr * effective / published:g}"]
+    if published % forward == 0:
+        ways.insert(0, f"--accumulate {published // forward} (but BatchNorm sees {config['batch_size']} x {world})")
+    if published % world == 0:
+        ways.insert(0, f"--batch-size {published // world}")
+    return f"the published recipe has {published} images per step; its like: {', or '.join(ways)}"
+
+
+def positive(text):
+    """A whole number from 1, for argparse."""
+    if whole_number(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
+    return int(text)
+
+
+def rate(text):
+    """A finite number above 0, for argparse."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return float(text)

@@ -1,0 +1,150 @@
+"""What may happen in a week of training: kills, full disks, dying ranks, losses that are not finite, precisions."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_commands import changed, same_weights, train_arguments
+
+# The real command, but it saves after every step, so that kills hit the writing too.
+OFTEN = "import train, cli; train.SAVE_SECONDS = 0; cli.run(train.main)"
+
+
+def start(arguments, folder, **options):
+    command = [sys.executable, *(str(part) for part in arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes, **options)
+
+
+def test_twenty_kills(folder, run_script, tmp_path):
+    """SIGKILL at random moments, then the same weights, bit for bit, as of a run left alone."""
+    run_script(*train_arguments(folder, "whole", 30))
+    chance, kills, last = random.Random(0), 0, tmp_path / "parts/last.pt"
+    arguments = ["-c", OFTEN, *train_arguments(folder, "parts", 30)[1:]]
+    while kills < 20:
+        before = changed(last)
+        process = start(arguments, tmp_path)
+        while process.poll() is None and changed(last) == before:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.25))  # a step takes about as long, half of it the writing
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+        arguments = ["-c", OFTEN, "--resume", "--out", "parts", "--workers", kills % 2]
+    assert kills >= 10
+    done = start(["-c", OFTEN, "--resume", "--out", "parts"], tmp_path)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, out + err
+    assert same_weights(tmp_path / "whole/last.pt", last)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(folder, run_script, tmp_path):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    process = start(["-c", OFTEN, *train_arguments(folder, "run", 200)[1:]], tmp_path)
+    while process.poll() is None and not (tmp_path / "run/last.pt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    before = (tmp_path / "run/last.pt").read_bytes()
+    process = start([ROOT / "train.py", "--resume", "--out", "run"], tmp_path, preexec_fn=limited)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    message = err.strip().splitlines()[-1]
+    assert ".pt: cannot be written" in message and "File too large" in message
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_rank_that_dies_is_started_again(folder, run_script, tmp_path):
+    arguments = train_arguments(folder, "whole", 10)
+    run_script(*arguments, processes=2)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    process = start([*launch, ROOT / "train.py", *train_arguments(folder, "parts", 10)[1:]], tmp_path)
+    while process.poll() is None and not (tmp_path / "parts/last.pt").exists():
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    assert same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
+
+
+def test_a_rank_that_fails_speaks_alone(folder, run_script):
+    path = folder / "annotations/train/scene2.png"
+    Image.fromarray(np.full((40, 48), 9, np.uint8)).save(path)
+    began = time.monotonic()
+    done = run_script(*train_arguments(folder, "run", 10), processes=2, status=1)
+    assert time.monotonic() - began < 60
+    assert done.stderr.count("train.py: error: ") == 1 and "scene2.png: holds the value 9" in done.stderr
+    assert 'train.py", line' not in done.stderr
+
+
+def test_gradients_of_two_processes(tmp_path):
+    process = start(["-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "tests/ddp_gradients.py"], tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert out.count("equal") == 2, err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, run_script, tmp_path):
+    run = "import train, cli; loss = train.segmentation_loss; train.segmentation_loss = {}; cli.run(train.main)"
+    broken = run.format("lambda *a: loss(*a) * (float('nan') if train.poly_lr.calls > 4 else 1)")
+    counted = """
+import train
+poly_lr = train.poly_lr
+def count(*arguments):
+    count.calls += 1
+    return poly_lr(*arguments)
+count.calls = 0
+train.poly_lr = count
+"""
+    process = start(["-c", counted + broken, *train_arguments(folder, "run", 20)[1:]], tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in err
+    message = err.strip().splitlines()[-1]
+    assert "iteration 4: the loss is nan, learning rate 0.0083" in message and message.count("scene") == 2
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert max(line["iteration"] for line in log) == 4 and all("NaN" not in str(line) for line in log)
+
+
+LIKE = ("--depth", 18, "--crop-size", 32, 32, "--iters", 8, "--workers", 0, "--lr", "0.003")
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exact")
+    start([ROOT / "train.py", *LIKE, "--batch-size", 4, "--out", "run"], folder).communicate(timeout=200)
+    return losses(folder / "run")
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [
+        (("--batch-size", 4, "--amp", "bf16"), 0.05),
+        (("--batch-size", 4, "--amp", "fp16"), 0.05),
+        (("--batch-size", 2, "--accumulate", 2), 0.25),  # BatchNorm sees two images, not four
+    ],
+    ids=["bf16", "fp16", "accumulate"],
+)
+def test_the_loss_curve_stays(options, tolerance, exact, run_script, tmp_path):
+    run_script("train.py", *LIKE, *options, "--out", "run")
+    assert len(exact) == 8
+    np.testing.assert_allclose(losses(tmp_path / "run"), exact, rtol=tolerance)
