@@ -47,11 +47,12 @@ def replace(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        while error.__context__:  # torch's own complaint hides the disk's
+            error = error.__context__
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         kept = "; the one before it is whole" if path.exists() else ""
-        raise InputError(f"{path}: cannot be written ({reason}){kept}") from None
+        raise InputError(f"{path}: cannot be written ({error}){kept}") from None
 
 
 def begin_run(folder, config, start):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,12 @@ def start_process():
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     return device, rank, world
+
+
+def ignore_signals(worker):
+    """For data-loading workers: Ctrl-C and SIGTERM, sent to all, are the main process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def whole_number(text):
@@ -54,12 +61,18 @@ def run(main):
             message = message.rpartition("InputError: ")[2]
         elif "out of memory" in message or "can't allocate memory" in message:
             message = "out of memory; lower --batch-size or --crop-size, or try --amp bf16"
+        elif "DataLoader worker" in message:
+            message = f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
         elif dist.is_initialized() and "peer" in message:
-            sys.exit(1)  # another process has failed: the message is its own
+            os._exit(1)  # another process has failed: the message is its own
         elif not isinstance(error, OSError):
             raise
-        time.sleep(2 * (os.environ.get("RANK", "0") != "0"))  # what all processes meet, the first one says
-        print(f"{Path(sys.argv[0]).name}: error: {message.strip()}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        if os.environ.get("RANK", "0") != "0":  # what all processes meet, the first one says: torchrun ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2)
+        start = "\n" if dist.is_initialized() else ""  # another process's progress bar may stand on the line
+        print(f"{start}{Path(sys.argv[0]).name}: error: {message.strip()}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # at once: no waiting for workers and other processes, who end when this one is gone
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import checkpoint
-from cli import Parser, run, start_process, whole_number
+from cli import Parser, ignore_signals, run, start_process, whole_number
 from data import VOID, InputError, SegmentationData, keep_ratio, normalise, resize
 from layouts import CITYSCAPES_IDS
 from settings import PRESETS
@@ -137,7 +137,7 @@ def evaluate(model, data, config, aug=False, workers=0, rank=0, world=1, save=No
     device, indices = next(model.parameters()).device, range(rank, len(data), world)
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64)
     loss = torch.zeros(2, dtype=torch.float64)  # summed over pixels, and their number
-    loader = DataLoader(Subset(data, indices), batch_size=None, num_workers=workers)
+    loader = DataLoader(Subset(data, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     with tqdm(loader, "evaluating", disable=rank > 0, leave=False, dynamic_ncols=True) as bar:
         for i, (image, label) in zip(indices, bar, strict=True):
             score = scores(model, image, config, aug)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import checkpoint
 import data_tools
 import settings
-from cli import run, start_process
+from cli import ignore_signals, run, start_process
 from data import Batches, InputError, SegmentationData, TrainData, to_device
 from evaluate import evaluate, predict, report
 from pictures import compare, curves
@@ -104,12 +104,12 @@ def main():
         received.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # the loaders' workers inherit this, and leave the end to the loop
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, finish_step)
     batches = Batches(len(train_data), config["batch_size"], seed, start * accumulate, iters * accumulate, rank, world)
     samples = TrainData(train_data, crop_size, config["scale"], seed)
-    pin = device.type == "cuda"
-    loader = iter(DataLoader(samples, batch_sampler=batches, num_workers=config["workers"], pin_memory=pin))
+    loading = {"num_workers": config["workers"], "worker_init_fn": ignore_signals, "pin_memory": device.type == "cuda"}
+    loader = iter(DataLoader(samples, batch_sampler=batches, **loading))
 
     if rank == 0:
         checkpoint.begin_run(out, config, start)
@@ -200,13 +200,7 @@ def main():
 
             speed = effective / (time.monotonic() - step_start)
             if rank == 0 and iteration % max(iters // 1000, 1) == 0:
-                log(
-                    loss=loss,
-                    aux_loss=aux_loss,
-                    lr=lr,
-                    images_per_second=speed,
-                    **{"skipped": skipped} if skipped else {},
-                )
+                log(loss=loss, aux_loss=aux_loss, lr=lr, images_per_second=speed, skipped=skipped)
             iteration += 1
             note = f", {skipped} steps skipped" if skipped else ""
             bar.set_postfix_str(f"loss {loss + aux_loss:.3f}, lr {lr:.4f}, {speed:.1f} images/s{note}", refresh=False)

@@ -21,16 +21,20 @@ def write_scene(images, labels, name, seed, size=(40, 48), classes=3):
         Image.fromarray(array).save(folder / path)
 
 
-@pytest.fixture
-def folder(tmp_path):
+def make_folder(place):
     """A data set of own images and masks: 6 to train on, 3 to validate on, one of them in a subfolder."""
-    root = tmp_path / "own"
+    root = place / "own"
     for split, count in (("train", 6), ("val", 3)):
         for i in range(count):
             name = f"street/scene{i}" if i == 0 else f"scene{i}"
             write_scene(root / "images" / split, root / "annotations" / split, name, seed=10 * count + i)
     (root / "classes.txt").write_text("road\nhouse\ntree\n")
     return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path)
 
 
 @pytest.fixture

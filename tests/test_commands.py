@@ -38,7 +38,7 @@ def test_a_run_and_its_evaluation(folder, run_script, tmp_path):
     assert "house" in done.stdout and "mIoU" in done.stdout
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "mIoU" in line] == list(range(1, 11))
-    assert lines[0].keys() == {"iteration", "loss", "aux_loss", "lr", "images_per_second"}
+    assert lines[0].keys() == {"iteration", "loss", "aux_loss", "lr", "images_per_second", "skipped"}
     assert json.loads((run / "config.json").read_text())["crop_size"] == [32, 32]
     assert len(list((run / "samples").glob("*.png"))) == 10
     assert checkpoint(run / "last.pt")["iteration"] == 10
