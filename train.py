@@ -143,7 +143,8 @@ def main():
         result = evaluate(model, val_data, config, False, config["workers"], rank, world, with_loss=True)
         if rank == 0:
             log(val_loss=result["loss"], **{name: result[name] for name in ("mIoU", "mAcc", "aAcc")})
-            rows = [(*val_data[i], predict(model, val_data[i][0], config)) for i in range(min(4, len(val_data)))]
+            shown = range(0, len(val_data), math.ceil(len(val_data) / 4))
+            rows = [(*val_data[i], predict(model, val_data[i][0], config)) for i in shown]
             path = out / "samples" / f"{iteration:06}.png"
             picture = compare(rows, config["classes"], config["palette"])
             picture.save(path)

@@ -1,0 +1,91 @@
+"""predict.py on images of every kind; the label maps that evaluate.py saves and submits."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_scene
+from PIL import Image
+
+import checkpoint
+from data import read_image
+from layouts import CITYSCAPES_IDS, InputError
+from predict import find_images
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A checkpoint of GCNet with 19 classes whose weights are as they start."""
+    torch.manual_seed(0)
+    names = [f"class {i}" for i in range(19)]
+    config = {"model": "gcnet", "depth": 18, "align_corners": False, "dataset": "folder", "data_root": None}
+    config |= {"scale": None, "crop_size": [32, 32], "stride": None, "classes": names}
+    config["palette"] = [[i, 2 * i, 99] for i in range(19)]
+    state = {"model": checkpoint.build_model(config).state_dict(), "config": config}
+    checkpoint.save(state, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_images_of_every_kind(tmp_path):
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (5, 8, 3)).astype(np.uint8))
+    rgb.save(tmp_path / "rgb.png")
+    exact = np.asarray(rgb)
+    assert read_image(tmp_path / "rgb.png").equal(torch.tensor(exact))
+    grey = np.array(rgb.convert("L"))
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("grey", "deep"):
+        assert read_image(tmp_path / f"{name}.png").equal(torch.tensor(grey)[..., None].expand(-1, -1, 3))
+    rgb.convert("RGBA").save(tmp_path / "alpha.png")
+    assert read_image(tmp_path / "alpha.png").equal(torch.tensor(exact))
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(read_image(tmp_path / "cmyk.jpg").numpy().astype(int) - exact).mean() < 40
+    turned = rgb.getexif()
+    turned[0x112] = 6  # to be shown turned by 90 degrees
+    rgb.save(tmp_path / "turned.png", exif=turned)
+    assert read_image(tmp_path / "turned.png").equal(torch.tensor(np.rot90(exact, -1).copy()))
+
+
+def test_predict(model, run_script, tmp_path):
+    (tmp_path / "photos/sub").mkdir(parents=True)
+    for name, size in {"photos/a.jpg": (70, 40), "photos/sub/a.png": (1, 1), "b.PNG": (33, 47)}.items():
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / name)
+    done = run_script("predict.py", "photos", "*.PNG", "--checkpoint", model, "--out", "out")
+    assert "3 images: out/*_overlay.png" in done.stdout
+    for name, size in {"a": (70, 40), "sub/a": (1, 1), "b": (33, 47)}.items():
+        labels = Image.open(tmp_path / f"out/{name}_labels.png")
+        assert labels.mode == "L" and labels.size == size and np.max(labels) < 19
+        coloured = np.asarray(Image.open(tmp_path / f"out/{name}_colour.png"))
+        assert (coloured[..., 0] == np.asarray(labels)).all()
+        overlay = Image.open(tmp_path / f"out/{name}_overlay.png")
+        assert overlay.height > size[1]  # the legend below
+        shade = np.asarray(overlay)[0, 0, 0]
+        assert abs(int(shade) - (200 + coloured[0, 0, 0]) / 2) <= 3
+    missing = run_script("predict.py", "nothing*.jpg", "--checkpoint", model, status=2)
+    assert missing.stderr == "predict.py: error: nothing*.jpg: there are no images there\n"
+
+
+def test_results_never_overwrite_each_other(tmp_path):
+    for name in ("one/a.jpg", "two/a.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    with pytest.raises(InputError, match="would overwrite"):
+        find_images([str(tmp_path / "one"), str(tmp_path / "two")])
+
+
+def test_save_and_submit(model, run_script, tmp_path):
+    write_scene(tmp_path / "own/images/test", tmp_path / "unused", "deep/x", 0)
+    (tmp_path / "own/classes.txt").write_text("\n".join(f"class {i}" for i in range(19)))
+    data = ("--dataset", "folder", "--data-root", "own", "--split", "test")
+    assert "no labels; --save DIR" in run_script("evaluate.py", model, *data, status=2).stderr
+    done = run_script("evaluate.py", model, *data, "--save", "maps")
+    assert "mIoU" not in done.stdout and "1 label maps in maps/" in done.stdout
+    labels = np.asarray(Image.open(tmp_path / "maps/x.png"))
+    assert labels.shape == (40, 48) and labels.max() < 19
+
+    city = tmp_path / "city/leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png"
+    city.parent.mkdir(parents=True)
+    Image.open(tmp_path / "own/images/test/deep/x.png").save(city)
+    data = ("--dataset", "cityscapes", "--data-root", "city", "--split", "test")
+    run_script("evaluate.py", model, *data, "--submit", "ids")
+    submitted = np.asarray(Image.open(tmp_path / f"ids/{city.name}"))
+    assert (submitted == np.array(CITYSCAPES_IDS)[labels]).all()
