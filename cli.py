@@ -1,6 +1,7 @@
 """What the commands share: the parser, the process among its like, and mistakes as one line."""
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
@@ -48,6 +49,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def end(status):
+    """Exits at once, without waiting for what an orderly exit would join: data-loading workers, other processes."""
+    sys.stdout.flush()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
+
+
 def run(main):
     """Calls main(). What its user can mend is one line on stderr and exit status 2, not a traceback."""
     try:
@@ -64,7 +73,7 @@ def run(main):
         elif "DataLoader worker" in message:
             message = f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
         elif dist.is_initialized() and "peer" in message:
-            os._exit(1)  # another process has failed: the message is its own
+            end(1)  # another process has failed: the message is its own
         elif not isinstance(error, OSError):
             raise
         if os.environ.get("RANK", "0") != "0":  # what all processes meet, the first one says: torchrun ends the others
@@ -72,7 +81,6 @@ def run(main):
             time.sleep(2)
         start = "\n" if dist.is_initialized() else ""  # another process's progress bar may stand on the line
         print(f"{start}{Path(sys.argv[0]).name}: error: {message.strip()}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2)  # at once: no waiting for workers and other processes, who end when this one is gone
+        end(2)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -97,18 +97,33 @@ def parse(description):
     return config, out, resume
 
 
-def published_batch(config, world):
-    """What to say where the run has other than the published recipe's images per step, and how to match it; or None."""
-    preset, effective = PRESETS[config["dataset"]], config["effective_batch"]
-    published, forward = 4 * preset.batch, config["batch_size"] * world
-    if config["dataset"] in ("folder", "shapes") or effective == published:
-        return None
-    ways = [f"--lr {preset.lr * effective / published:g}"]
-    if published % forward == 0:
-        ways.insert(0, f"--accumulate {published // forward} (but BatchNorm sees {config['batch_size']} x {world})")
-    if published % world == 0:
-        ways.insert(0, f"--batch-size {published // world}")
-    return f"the published recipe has {published} images per step; its like: {', or '.join(ways)}"
+def complete(config, out, train_data, val_data, world):
+    """Adds to config what follows from the data and the processes; refuses what does not fit the run it resumes."""
+    effective = config["batch_size"] * world * config["accumulate"]
+    if config.setdefault("effective_batch", effective) != effective:
+        wanted = config["effective_batch"]
+        raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, this would be {effective}")
+    for data in (train_data, val_data):
+        if data.files[0][1] is None and data.name != "shapes":
+            raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
+    if config.setdefault("classes", list(train_data.classes)) != list(train_data.classes):
+        raise InputError(f"{out}: the run was trained on other classes: {', '.join(config['classes'][:4])} ...")
+    config["palette"] = [list(colour) for colour in train_data.palette]
+
+
+def batch_notes(config, world, where):
+    """What a run says of its images per step, and how to match the published recipe's where they differ."""
+    batch, accumulate, effective = (config[name] for name in ("batch_size", "accumulate", "effective_batch"))
+    notes = [f"{world} x {batch} x {accumulate} = {effective} images per step; {where}"]
+    preset = PRESETS[config["dataset"]]
+    published = 4 * preset.batch
+    if config["dataset"] not in ("folder", "shapes") and effective != published:
+        ways = [f"--batch-size {published // world}"] if published % world == 0 else []
+        if published % (batch * world) == 0:
+            ways.append(f"--accumulate {published // (batch * world)} (but BatchNorm sees {batch * world})")
+        ways.append(f"--lr {preset.lr * effective / published:g}")
+        notes.append(f"the published recipe has {published} images per step; its like: {', or '.join(ways)}")
+    return notes
 
 
 def positive(text):

@@ -52,28 +52,16 @@ def main():
 
     train_data = SegmentationData(config["dataset"], config["data_root"], "train")
     val_data = SegmentationData(config["dataset"], config["data_root"], "val")
-    effective = config["batch_size"] * world * accumulate
-    if config.setdefault("effective_batch", effective) != effective:
-        wanted = config["effective_batch"]
-        raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, this would be {effective}")
-    for data in (train_data, val_data):
-        if data.files[0][1] is None and data.name != "shapes":
-            raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
-    if config.setdefault("classes", list(train_data.classes)) != list(train_data.classes):
-        raise InputError(f"{out}: the run was trained on other classes: {', '.join(config['classes'][:4])} ...")
-    config |= {"palette": [list(colour) for colour in train_data.palette]}
-
+    settings.complete(config, out, train_data, val_data, world)
     class_weights = data_tools.class_weights(config["class_weights"], train_data, config["workers"], rank, world)
-    if class_weights is not None:
-        class_weights = class_weights.to(device)
+    class_weights = class_weights if class_weights is None else class_weights.to(device)
 
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)  # fresh weights drive activations to denormals, on which a CPU is slow
     model = checkpoint.build_model(config)
     sync_bn = world > 1 and device.type == "cuda"
     norm = "SyncBatchNorm" if sync_bn else "BatchNorm"
-    notes = [f"{world} x {config['batch_size']} x {accumulate} = {effective} images per step; {norm}, {device}"]
-    notes.append(settings.published_batch(config, world))
+    notes = settings.batch_notes(config, world, f"{norm}, {device}")
     state = checkpoint.load(out / "last.pt") if resume and (out / "last.pt").exists() else None
     if state is None and config["init"]:
         notes.append(checkpoint.load_initial(model, config["init"]))
@@ -114,7 +102,7 @@ def main():
     if rank == 0:
         checkpoint.begin_run(out, config, start)
         print(f"{config['model']} R-{config['depth']} on {config['dataset']}: {len(train_data)} images, {out}/")
-        print(*filter(None, notes), sep="\n")
+        print(*notes, sep="\n")
 
     def save(name):
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -199,7 +187,7 @@ def main():
             scaler.update()
             skipped += scaler.get_scale() < scale  # fp16: a gradient overflowed, the weights stay
 
-            speed = effective / (time.monotonic() - step_start)
+            speed = config["effective_batch"] / (time.monotonic() - step_start)
             if rank == 0 and iteration % max(iters // 1000, 1) == 0:
                 log(loss=loss, aux_loss=aux_loss, lr=lr, images_per_second=speed, skipped=skipped)
             iteration += 1
