@@ -13,8 +13,8 @@ pyramid pooling to 1x1, 3x3, 6x6 and 8x8, so that time and memory are linear in 
     O_P = V_P gamma_P^T, W_o                        context, out_project
     Y_P = cat(W_o(O_P^T), X)                        the 1x1 bottleneck of APNB and AFNB, in place of a residual addition
 
-    AFNB, section 3.4   fuses two stages: queries from stage 4, keys and values from stage 3
-    APNB, section 3.3   lets the fused features attend to themselves, with one projection for query and key
+    APNB, section 3.2   lets features attend to themselves, with one projection for query and key
+    AFNB, section 3.3   fuses two stages: queries from stage 4, keys and values from stage 3
 """
 
 # fmt: off
@@ -28,7 +28,7 @@ from resnet_d8 import ConvBNReLU, Head, Segmentor
 
 
 class PyramidPooling(nn.Module):
-    """(N, C, H, W) to (N, C, S): the averages over grids of 1x1, 3x3, 6x6 and 8x8 cells, S = 110 (figure 4)."""
+    """(N, C, H, W) to (N, C, S): the averages over grids of 1x1, 3x3, 6x6 and 8x8 cells, S = 110."""
 
     def forward(self, x):
         return torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in (1, 3, 6, 8)], dim=2)
@@ -88,7 +88,7 @@ class APNB(nn.Module):
 
 
 class ANNHead(Head):
-    """AFNB, a 3x3 convolution, APNB, classifier (figure 5)."""
+    """AFNB, a 3x3 convolution, APNB, classifier (section 3.4)."""
 
     def __init__(self, c3_channels, c4_channels, channels, num_classes):
         super().__init__(channels, num_classes)

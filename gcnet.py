@@ -73,6 +73,8 @@ class GCBlock(nn.Module):
 
 
 class GCHead(FCNHead):
+    """The FCN head with a GC block between its first two convolutions."""
+
     def __init__(self, in_channels, channels, num_classes):
         super().__init__(in_channels, channels, num_classes)
         self.gc_block = GCBlock(channels)
@@ -90,6 +92,8 @@ class GCNet(Segmentor):
 
 
 class SNLHead(FCNHead):
+    """The FCN head with a simplified non-local block there."""
+
     def __init__(self, in_channels, channels, num_classes):
         super().__init__(in_channels, channels, num_classes)
         self.snl_block = SimplifiedNonLocalBlock(channels)

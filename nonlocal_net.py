@@ -32,15 +32,16 @@ from torch import nn
 from resnet_d8 import ConvBNReLU, FCNHead, Segmentor
 
 
-def projection(in_channels, out_channels, bias=True, std=0.01):
-    conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
-    nn.init.normal_(conv.weight, std=std)
-    if bias:
-        nn.init.zeros_(conv.bias)
+def projection(in_channels, out_channels):
+    """theta, phi or g: a 1x1 convolution, N(0, 0.01), under the published name `conv`."""
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
     return nn.Sequential(OrderedDict(conv=conv))
 
 
 def tokens(x):                                              # (N, C, H, W)
+    """The positions as rows."""
     # Contiguous, or the attention below would fall back to the kernel that holds all (HW)^2 weights.
     return x.flatten(2).transpose(1, 2).contiguous()        # (N, HW, C)
 
@@ -63,7 +64,7 @@ class NonLocalBlock(nn.Module):
             self.theta = projection(channels, inner)
             self.phi = projection(channels, inner)
         if mode == "concatenation":
-            self.concat_project = projection(2 * inner, 1, bias=False)
+            self.concat_project = nn.Sequential(OrderedDict(conv=nn.Conv2d(2 * inner, 1, 1, bias=False)))
             nn.init.kaiming_normal_(self.concat_project.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):                                   # (N, C, H, W)
@@ -102,6 +103,8 @@ def attend(theta, phi, g, scale):
 
 
 class NonLocalHead(FCNHead):
+    """The FCN head with a non-local block between its first two convolutions."""
+
     def __init__(self, in_channels, channels, num_classes, reduction, mode):
         super().__init__(in_channels, channels, num_classes)
         self.nl_block = NonLocalBlock(channels, reduction, mode)
