@@ -122,3 +122,8 @@ def test_batches_depend_on_seed_and_position_only(data):
         assert one["image"].equal(torch.cat([part["image"] for part in parts]))
     shown = [index for keys in Batches(6, 3, 0, 0, 4) for _, index in keys]
     assert sorted(shown[:6]) == sorted(shown[6:]) == list(range(6)) and shown[:6] != shown[6:]
+
+
+def test_resize_works_where_its_image_is():
+    """On an accelerator too; the meta device stands in for one."""
+    assert resize(torch.empty(40, 30, 3, dtype=torch.uint8, device="meta"), (20, 15)).device.type == "meta"

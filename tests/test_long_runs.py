@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,8 +143,13 @@ def losses(run):
         (("--batch-size", 4, "--amp", "bf16"), 0.05),
         (("--batch-size", 4, "--amp", "fp16"), 0.05),
         (("--batch-size", 2, "--accumulate", 2), 0.25),  # BatchNorm sees two images, not four
+        pytest.param(
+            ("--batch-size", 4, "--compile"),
+            0.01,
+            marks=pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"),
+        ),
     ],
-    ids=["bf16", "fp16", "accumulate"],
+    ids=["bf16", "fp16", "accumulate", "compile"],
 )
 def test_the_loss_curve_stays(options, tolerance, exact, folder, run_script, tmp_path):
     run_script(*train_arguments(folder, "run", 8), *LIKE, *options)
