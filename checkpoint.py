@@ -22,7 +22,7 @@ from ann import ANN
 from gcnet import GCNet, SNLNet
 from layouts import InputError
 from nonlocal_net import NonLocalNet
-from resnet_d8 import FCN
+from resnet_d8 import FCN, ResNetD8
 
 MODELS = {"gcnet": GCNet, "nonlocal_net": NonLocalNet, "ann": ANN, "snlnet": SNLNet, "fcn": FCN}
 
@@ -98,11 +98,14 @@ def load(source):
     config = state.get("config") if isinstance(state, dict) else None
     if not isinstance(config, dict) or "model" not in state:
         raise InputError(f"{path}: is no checkpoint of a model; it has no config and model, nor state_dict and meta")
+    if not isinstance(state["model"], dict):
+        raise InputError(f"{path}: its model is no dict of weights")
     if not config.get("classes"):
         raise InputError(f"{path}: does not say how many classes its model has")
     missing = {"model", "depth", "align_corners", "dataset", "scale", "crop_size", "stride", "palette"} - config.keys()
-    if missing or config["model"] not in MODELS:
-        raise InputError(f"{path}: its config does not name {', '.join(sorted(missing)) or 'a model of this project'}")
+    if missing or config["model"] not in MODELS or config["depth"] not in ResNetD8.BLOCKS:
+        what = ", ".join(sorted(missing)) or "a model and depth of this project"
+        raise InputError(f"{path}: its config does not name {what}")
     return state
 
 
@@ -111,7 +114,8 @@ def load_weights(module, weights, source):
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{source}: does not fit the model. {str(error).splitlines()[1].strip()[:200]}") from None
+        first = str(error).splitlines()[1].split(",")[0].strip()
+        raise InputError(f"{source}: does not fit the model ({first})") from None
 
 
 def load_backbone(model, source, depth):
@@ -119,12 +123,16 @@ def load_backbone(model, source, depth):
     if source == "none":
         return
     if source == "imagenet":
+        if depth not in zoo.BACKBONES:
+            raise InputError(f"--pretrained imagenet: there are such weights for depth 50 and 101, not {depth}")
         source = zoo.BACKBONES[depth]
     try:
         weights = read(zoo.locate(source))
     except InputError as error:
         raise InputError(f"{error}; without ImageNet weights: --pretrained none") from None
-    weights = weights.get("state_dict", weights)
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else None
+    if not isinstance(weights, dict):
+        raise InputError(f"--pretrained {source}: holds no weights by name")
     load_weights(model.backbone, {k: v for k, v in weights.items() if not k.startswith("fc.")}, source)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import classes
 from cli import Parser, whole_number
 from data import VOID, InputError, SegmentationData
-from layouts import find_root
+from layouts import find_root, read_names
 from settings import PRESETS
 
 
@@ -34,20 +34,22 @@ class Scan(Dataset):
             image, label = self.data[i]
         except InputError as error:
             return None, None, str(error)
-        pixels = np.zeros(256, int) if label is None else np.bincount(label.flatten(), minlength=256)
-        return pixels, tuple(image.shape[:2]), None
+        if label is None:
+            return None, None, f"{self.data.files[i][0]}: has no label; its split has no folder of labels"
+        return np.bincount(label.flatten(), minlength=256), tuple(image.shape[:2]), None
 
 
 def scan(data, workers=0, rank=0, world=1):
     """Scan's items over a data set, or one of `world` shares of it, with a progress bar."""
-    loader = DataLoader(Scan(data), 1, range(rank, len(data), world), num_workers=workers, collate_fn=lambda b: b[0])
+    share = range(rank, len(data), world)
+    loader = DataLoader(Scan(data), sampler=share, collate_fn=lambda items: items[0], num_workers=workers)
     return list(tqdm(loader, f"reading {data.split}", disable=rank > 0, leave=False, dynamic_ncols=True))
 
 
 def class_weights(given, data, workers=0, rank=0, world=1):
     """The loss's weights, float32 (K,), or None: from K numbers as text, or from ["balanced"] by scanning the data set.
 
-    Balanced is median frequency balancing (Eigen and Fergus, ICCV 2015, section 6.2): the median of the classes'
+    Balanced is median frequency balancing (Eigen and Fergus, ICCV 2015): the median of the classes'
     frequencies over each one's, a frequency being the share of a class in the images that show it; 1 if none does.
     """
     if given is None:
@@ -57,8 +59,9 @@ def class_weights(given, data, workers=0, rank=0, world=1):
             weights = torch.tensor([float(weight) for weight in given])
         except ValueError:
             weights = torch.empty(0)
-        if len(weights) != len(data.classes) or not (weights >= 0).all():
-            raise InputError(f"--class-weights: takes 'balanced' or {len(data.classes)} numbers, one per class")
+        usable = weights.isfinite().all() and (weights >= 0).all() and weights.any()
+        if len(weights) != len(data.classes) or not usable:
+            raise InputError(f"--class-weights: takes 'balanced' or {len(data.classes)} numbers from 0, one per class")
         return weights
     seen = torch.zeros(2, len(data.classes), dtype=torch.float64)
     for pixels, _, problem in scan(data, workers, rank, world):
@@ -69,7 +72,7 @@ def class_weights(given, data, workers=0, rank=0, world=1):
     if world > 1:
         torch.distributed.all_reduce(seen)
     frequency = seen[0] / seen[1]
-    return (frequency.nanmedian() / frequency).nan_to_num(1.0).float()
+    return (frequency.nanquantile(0.5) / frequency).nan_to_num(1.0).float()
 
 
 def check(args):
@@ -91,12 +94,15 @@ def check(args):
         print(f"{split}: {len(good)} of {len(items)} pairs are good; {len(sizes)} sizes (width x height): {common}")
         pixels = np.sum([pixels for pixels, _ in good], axis=0)
         images = np.sum([pixels > 0 for pixels, _ in good], axis=0)
+        if not pixels[: len(data.classes)].any():
+            print(f"{split}: all labels are void")
+            wrong += 1
         print(f"{'class':<24}{'pixels %':>10}{'images':>9}")
         for index, name in [*enumerate(data.classes), (VOID, "void")]:
             absent = "   never labelled" if pixels[index] == 0 and index != VOID else ""
             print(f"{name:<24}{100 * pixels[index] / max(pixels.sum(), 1):>10.2f}{images[index]:>9}{absent}")
     if wrong:
-        raise InputError(f"{wrong} files must be mended before training")
+        raise InputError(f"{wrong} problems must be mended before training")
     print("good: nothing in the way of training")
 
 
@@ -105,11 +111,15 @@ def voc_aug(args):
         from scipy.io import loadmat
     except ImportError:
         raise InputError("SBD's files need scipy: pip install scipy") from None
-    voc = find_root(Path(args.data_root or "data/voc12aug"), "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"), "voc12aug")
-    sbd = find_root(Path(args.sbd), "cls", ("dataset", "benchmark_RELEASE/dataset"))
+    voc = find_root(
+        Path(args.data_root or "data/voc12aug").expanduser(), "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"), "voc12aug"
+    )
+    sbd = find_root(Path(args.sbd).expanduser(), "cls", ("dataset", "benchmark_RELEASE/dataset"))
     listed = voc / "ImageSets" / "Segmentation"
-    known = {name for split in ("train", "val") for name in (listed / f"{split}.txt").read_text().split()}
+    known = {name for split in ("train", "val") for name in read_names(listed / f"{split}.txt")}
     names = sorted({path.stem for path in (sbd / "cls").glob("*.mat")} - known)
+    if not any((sbd / "cls").glob("*.mat")):
+        raise InputError(f"{sbd / 'cls'}: holds none of SBD's .mat files")
     (voc / "SegmentationClassAug").mkdir(exist_ok=True)
     for name in tqdm(names, "SBD", dynamic_ncols=True):
         path = sbd / "cls" / f"{name}.mat"

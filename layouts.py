@@ -63,6 +63,16 @@ def match(images, image_ends, labels, label_ends):
     return [(path, labelled[name]) for name, path in found.items()]
 
 
+def read_names(path, hint=""):
+    """The lines of a text file that lists names."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing{hint}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not text in UTF-8 ({error})") from None
+
+
 def label_table(mapping, other=INVALID):
     """uint8 (256,): the class of each value in a label file; 255 stays void."""
     table = np.full(256, other, np.uint8)
@@ -78,14 +88,8 @@ def identity(count):
 
 def folder(root, split):
     root = find_root(root, "images", name="folder")
-    if not (root / "classes.txt").is_file():
-        raise InputError(
-            f"{root / 'classes.txt'}: missing; it must name the classes, one a line, in the order of labels"
-        )
-    try:
-        names = (root / "classes.txt").read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{root / 'classes.txt'}: is not text in UTF-8 ({error})") from None
+    hint = "; it must name the classes, one a line, in the order of labels"
+    names = [name.strip() for name in read_names(root / "classes.txt", hint)]
     if not 1 <= len(names) <= INVALID:
         raise InputError(f"{root / 'classes.txt'}: names {len(names)} classes; there may be 1 to {INVALID}")
     for line, name in enumerate(names, 1):
@@ -107,7 +111,7 @@ def ade20k(root, split):
 def cityscapes(root, split):
     root = find_root(root, "leftImg8bit", name="cityscapes")
     images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
-    train_ids = next(labels.rglob("*_gtFine_labelTrainIds.png"), None)
+    train_ids = not any(labels.glob("*/*_gtFine_labelIds.png")) and any(labels.glob("*/*_gtFine_labelTrainIds.png"))
     end = "_gtFine_labelTrainIds.png" if train_ids else "_gtFine_labelIds.png"
     ids = {value: i for i, value in enumerate(CITYSCAPES_IDS)}
     table = identity(19) if train_ids else label_table(ids, other=VOID)
@@ -119,11 +123,8 @@ def voc12aug(root, split):
     root = find_root(root, "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"), "voc12aug")
 
     def names(which):
-        path = root / "ImageSets" / "Segmentation" / f"{which}.txt"
-        if not path.is_file():
-            hint = "; make it with: python data.py voc-aug" if which == "aug" else ""
-            raise InputError(f"{path}: missing{hint}")
-        return path.read_text().split()
+        hint = "; make it with: python data.py voc-aug" if which == "aug" else ""
+        return [line.strip() for line in read_names(root / "ImageSets" / "Segmentation" / f"{which}.txt", hint) if line]
 
     labels = {name: root / "SegmentationClass" / f"{name}.png" for name in names(split)}
     if split == "train":

@@ -2,7 +2,7 @@
 
     He et al., Deep Residual Learning (CVPR 2016)          https://arxiv.org/abs/1512.03385
     Long et al., Fully Convolutional Networks (CVPR 2015)  https://arxiv.org/abs/1411.4038
-    Zhao et al., PSPNet (CVPR 2017), sections 3.2 and 3.3  https://arxiv.org/abs/1612.01105
+    Zhao et al., PSPNet (CVPR 2017), auxiliary loss        https://arxiv.org/abs/1612.01105
 
     images -> ResNetD8 -> c1 (1/4 size), c2, c3, c4 (1/8) -> decode_head(c4) -> logits at 1/8 -> resized to the images
                                          c3 -> auxiliary_head -> logits of the auxiliary loss, in training only
@@ -140,7 +140,7 @@ class Head(nn.Module):
 
 
 class AuxiliaryHead(Head):
-    """A small head on stage 3 whose loss, weighted 0.4, helps the backbone to train (PSPNet, section 3.3)."""
+    """A small head on stage 3 whose loss, weighted 0.4, helps the backbone to train (PSPNet, section 4)."""
 
     def __init__(self, in_channels, channels, num_classes):
         super().__init__(channels, num_classes)

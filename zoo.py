@@ -80,7 +80,9 @@ def download(url):
 
 def convert(state, path):
     """A published checkpoint (weights under state_dict, the rest under meta) as one of this project."""
-    weights, meta = state["state_dict"], state.get("meta", {})
+    weights, meta = state["state_dict"], state.get("meta")
+    if not isinstance(weights, dict) or not isinstance(meta, dict):
+        raise InputError(f"{path}: its state_dict and meta are not those of a published model")
     heads = {"gc_block": "gcnet", "nl_block": "nonlocal_net", "fusion": "ann", "convs": "fcn"}
     model = next(
         (heads[part] for part in heads if any(key.startswith(f"decode_head.{part}.") for key in weights)), None
@@ -92,7 +94,7 @@ def convert(state, path):
     depth = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101}.get((bottleneck, len(stage3)))
 
     # The settings stand in the config, which is kept as text.
-    text = re.sub(r"\s|,(?=\s*\))", "", meta.get("config") or meta.get("cfg") or "")
+    text = re.sub(r"\s|,(?=\s*\))", "", str(meta.get("config") or meta.get("cfg")))
     dataset = re.search("(Cityscapes|ADE20K|PascalVOC)Dataset", text)
     scales = re.findall(r"\b(?:img_)?scale=\((\d+),(\d+)\)", text)
     if depth is None or not dataset or not scales:
@@ -102,8 +104,8 @@ def convert(state, path):
     names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
     palette = meta.get("PALETTE") or meta.get("dataset_meta", {}).get("palette")
     classes = len(weights["decode_head.conv_seg.weight"])
-    if names is None or len(names) != classes:
-        raise InputError(f"{path}: has weights for {classes} classes, but names {len(names or ())}")
+    if not isinstance(names, list | tuple) or len(names) != classes:
+        raise InputError(f"{path}: has weights for {classes} classes, but its meta names others: {str(names)[:60]}")
     return {
         "model": weights,
         "config": {

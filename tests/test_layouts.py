@@ -128,6 +128,9 @@ def test_voc_aug_command(voc, tmp_path, run_script):
         image(voc / f"JPEGImages/{name}.jpg")
     done = run_script("data.py", "voc-aug", tmp_path / "sbd", "--data-root", voc)
     assert "2 images" in done.stdout
+    (tmp_path / "none/cls").mkdir(parents=True)
+    done = run_script("data.py", "voc-aug", tmp_path / "none", "--data-root", voc, status=2)
+    assert "holds none of SBD's .mat files" in done.stderr
     assert (voc / "ImageSets/Segmentation/aug.txt").read_text().split() == ["2009_4", "2010_5"]
     data = SegmentationData("voc12aug", voc, "train")
     assert [data[i][1].unique().tolist() for i in (2, 3)] == [[3], [4]]
@@ -144,7 +147,18 @@ def test_check_command(folder, run_script):
     (folder / "images/val/scene1.png").write_bytes(b"")
     done = run_script("data.py", "check", "--data-root", folder, status=2)
     assert "scene1.png: holds the value 7" in done.stdout and "val/scene1.png: cannot be read" in done.stdout
-    assert "data.py: error: 2 files must be mended" in done.stderr
+    assert "data.py: error: 2 problems must be mended" in done.stderr
+
+
+def test_check_finds_what_train_would_refuse(folder, run_script):
+    for path in (folder / "annotations/val").rglob("*.png"):
+        label(path, (255,))
+        image = folder / "images/val" / path.relative_to(folder / "annotations/val")
+        Image.new("RGB", (6, 4)).save(image)
+    assert "val: all labels are void" in run_script("data.py", "check", "--data-root", folder, status=2).stdout
+    (folder / "annotations/train").rename(folder / "annotations/other")
+    done = run_script("data.py", "check", "--data-root", folder, "--split", "train", status=2)
+    assert "has no label; its split has no folder of labels" in done.stdout
 
 
 def test_class_weights(folder, run_script):
@@ -155,7 +169,8 @@ def test_class_weights(folder, run_script):
     )
     torch.testing.assert_close(data_tools.class_weights(["balanced"], data), share.median() / share)
     assert data_tools.class_weights(["1", "0.5", "2"], data).tolist() == [1, 0.5, 2]
-    for given in (["1", "2"], ["1", "x", "2"], ["1", "-1", "1"]):
+    assert [len(data_tools.scan(data, rank=rank, world=4)) for rank in range(4)] == [2, 2, 1, 1]
+    for given in (["1", "2"], ["1", "x", "2"], ["1", "-1", "1"], ["1", "inf", "1"], ["0", "0", "0"]):
         with pytest.raises(InputError, match="class-weights: takes 'balanced' or 3 numbers"):
             data_tools.class_weights(given, data)
     common = ("--dataset", "folder", "--data-root", folder, "--depth", 18, "--crop-size", 32, 32, "--iters", 1)

@@ -146,7 +146,7 @@ def test_commands_take_published_files(run_script, tmp_path):
     wrong = run_script("train.py", "--model", "gcnet", *data, *small, "--init", "model.pth", "--out", "no", status=2)
     assert "model.pth: does not fit the model" in wrong.stderr and "Traceback" not in wrong.stderr
     other = run_script("evaluate.py", "model.pth", *data, status=2)
-    assert "its classes are not those of the checkpoint" in other.stderr
+    assert "its 4 classes (class 0, class 1, class 2, fourth ...) are not the 3 of model.pth" in other.stderr
 
 
 class HistoryBuffer:
@@ -158,7 +158,8 @@ def test_files_that_are_refused_say_why(tmp_path):
     for name, state, words in (
         ("objects", good | {"message_hub": HistoryBuffer()}, "HistoryBuffer, which could run code.*strip it"),
         ("text", good | {"meta": {**good["meta"], "config": ""}}, "holds no config"),
-        ("names", good | {"meta": {**good["meta"], "CLASSES": ("one",)}}, "19 classes, but names 1"),
+        ("names", good | {"meta": {**good["meta"], "CLASSES": ("one",)}}, "19 classes, but its meta names others"),
+        ("shape", {"state_dict": [1], "meta": {}}, "not those of a published model"),
         ("other", {"state_dict": {"conv.weight": torch.ones(1)}, "meta": {}}, "none of the models"),
     ):
         torch.save(state, tmp_path / name)
