@@ -8,7 +8,7 @@ import reference
 import torch
 
 from evaluate import confusion_matrix, metrics, window_starts
-from train import poly_lr
+from train import poly_lr, segmentation_loss
 
 
 def test_metrics():
@@ -30,6 +30,18 @@ def test_absent_classes():
 def test_poly_lr():
     for iters, iteration, lr in reference.arrays("poly")["rows"]:
         assert poly_lr(iteration, iters) == pytest.approx(lr, rel=1e-9)
+
+
+def test_loss_is_divided_by_all_pixels():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    labels[0, :2] = 255
+    weight = torch.tensor([1.0, 0.5, 4.0])
+    valid = [(n, y, x, c) for (n, y, x), c in np.ndenumerate(labels.numpy()) if c != 255]
+    terms = [(-logits[n, :, y, x].log_softmax(0)[c], weight[c]) for n, y, x, c in valid]
+    plain, weighted = sum(t for t, _ in terms) / 40, sum(t * w for t, w in terms) / 40
+    assert segmentation_loss(logits, labels).item() == pytest.approx(plain.item(), rel=1e-6)
+    assert segmentation_loss(logits, labels, weight).item() == pytest.approx(weighted.item(), rel=1e-6)
 
 
 def test_windows_lie_on_the_grid_and_end_inside():
