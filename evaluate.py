@@ -196,12 +196,16 @@ def main():
     parser.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
     parser.add_argument("--workers", type=whole_number, default=2, help="processes that read images (default: 2)")
     args = parser.parse_args()
+    if args.checkpoint and args.named:
+        raise InputError(f"two checkpoints: {args.checkpoint} and --checkpoint {args.named}")
 
     device, rank, world = start_process()
     source = args.checkpoint or args.named or checkpoint.newest_run() / "best.pt"
     state = checkpoint.load(source)
     config = state["config"]
-    data = SegmentationData(args.dataset or config["dataset"], args.data_root or config["data_root"], args.split)
+    name = args.dataset or config["dataset"]
+    root = args.data_root or (config["data_root"] if name == config["dataset"] else None)
+    data = SegmentationData(name, root, args.split)
     model = checkpoint.build_model(config)
     checkpoint.load_weights(model, state["model"], source)
     # Published files spell a few names of the well-known data sets otherwise; own classes must be the same.
