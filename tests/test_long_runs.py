@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, run_script, tmp_path):
 def test_a_rank_that_dies_is_started_again(folder, run_script, tmp_path):
     arguments = train_arguments(folder, "whole", 10)
     run_script(*arguments, processes=2)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
     process = start([*launch, ROOT / "train.py", *train_arguments(folder, "parts", 10)[1:]], tmp_path)
     while process.poll() is None and not (tmp_path / "parts/last.pt").exists():
         time.sleep(0.05)
