@@ -95,7 +95,8 @@ def parse(description):
         raise InputError("--batch-size 1 with --crop-size 8 8 or less: BatchNorm needs more than one value per channel")
     if "init" in given and "pretrained" in given:
         raise InputError("--init and --pretrained: a run starts from one of them")
-    config["stride"] = preset.stride and [min(preset.stride[0], height), min(preset.stride[1], width)]
+    if not resume:
+        config["stride"] = preset.stride and [min(preset.stride[0], height), min(preset.stride[1], width)]
     return config, out, resume
 
 

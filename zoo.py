@@ -73,6 +73,8 @@ def download(url):
         if partial.stat().st_size < total:
             raise OSError("the connection ended early; the same command goes on from there")
     except (OSError, HTTPException, ValueError) as error:
+        if getattr(error, "code", None) == 416:  # no such range: what is here is not a beginning of the file
+            partial.unlink()
         raise InputError(f"{url}: cannot be fetched ({error}); or put the file here: {path}") from None
     os.replace(partial, path)
     return path
@@ -111,7 +113,7 @@ def convert(state, path):
         "config": {
             "model": model,
             "depth": depth,
-            "align_corners": bool(re.search(r"align_corners=True", text)),
+            "align_corners": "align_corners=True" in text,
             "dataset": {"Cityscapes": "cityscapes", "ADE20K": "ade20k", "PascalVOC": "voc12aug"}[dataset[1]],
             "data_root": None,
             "scale": [int(side) for side in scales[-1]],

@@ -12,6 +12,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import settings
+from checkpoint import begin_run
+
 SMALL = ("--depth", 18, "--crop-size", 32, 32, "--batch-size", 2, "--workers", 1)
 
 
@@ -79,6 +82,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, run_script, tmp_pa
         return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
     assert log("whole") == log("parts")
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path, monkeypatch):
+    def parse(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--out", str(tmp_path / "run")])
+        return settings.parse("")
+
+    config, out, _ = parse("--dataset", "cityscapes769", "--crop-size", "600", "500", "--seed", "3")
+    assert config["stride"] == [513, 500] and config["align_corners"] and config["scale"] == [2049, 1025]
+    begin_run(out, config, 0)
+    assert parse("--resume") == (config, out, True)
 
 
 def test_two_processes_are_one_run(folder, run_script, tmp_path):
