@@ -118,6 +118,14 @@ def load_weights(module, weights, source):
         raise InputError(f"{source}: does not fit the model ({first})") from None
 
 
+def load_model(source):
+    """(model, config) of a checkpoint, on the CPU; source is that of `load`."""
+    state = load(source)
+    model = build_model(state["config"])
+    load_weights(model, state["model"], source)
+    return model, state["config"]
+
+
 def load_backbone(model, source, depth):
     """Starts the model's backbone from ImageNet weights: "imagenet", a path or URL, or "none"."""
     if source == "none":

@@ -4,6 +4,8 @@ Images are uint8 RGB (H, W, 3), labels uint8 (H, W): the class, or 255 (VOID) wh
 width), but a scale is (long side, short side), as the published recipes name it.
 """
 
+import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +62,11 @@ class SegmentationData(Dataset):
 
     classes, palette    names and RGB colours
     files               (image path, label path or None) of each item; `shapes` has names only
+    cache               a folder for decoded images, mapped into memory: what is not looked at is not even read
     """
 
-    def __init__(self, name, root, split):
-        self.name, self.split = name, split
+    def __init__(self, name, root, split, cache=None):
+        self.name, self.split, self.cache = name, split, cache
         if name == "shapes":
             self.classes, self.palette = shapes.CLASSES, shapes.PALETTE
             self.files = [(Path(f"{split}{i:05}"), None) for i in range(shapes.COUNTS.get(split, 0))]
@@ -80,14 +83,28 @@ class SegmentationData(Dataset):
         if self.name == "shapes":
             return tuple(torch.from_numpy(array) for array in shapes.draw(self.split, i))
         image_path, label_path = self.files[i]
-        image = read_image(image_path)
+        image = self.read(image_path, read_image)
         if label_path is None:
             return image, None
-        label = read_label(label_path, self.table)
+        label = self.read(label_path, read_label, self.table)
         if image.shape[:2] != label.shape:
             (h, w), (label_h, label_w) = image.shape[:2], label.shape
             raise InputError(f"{label_path}: is {label_w}x{label_h}, but its image {image_path} is {w}x{h}")
         return image, label
+
+    def read(self, path, decode, *arguments):
+        if not self.cache:
+            return decode(path, *arguments)
+        state = path.stat()
+        key = hashlib.sha256(f"{self.name} {path.resolve()} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()
+        kept = Path(self.cache, f"{key}.npy")
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(f".{os.getpid()}.partial")
+            with open(partial, "wb") as file:
+                np.save(file, decode(path, *arguments).numpy())
+            os.replace(partial, kept)
+        return torch.from_numpy(np.load(kept, mmap_mode="c"))
 
 
 # -------------------------------------------------------------------------------------------------------- transforms
@@ -105,12 +122,20 @@ def resize(image, size, window=None):
     image uint8 (H, W, 3) -> uint8 (*size, 3), or only its window (top, left, height, width).
     """
     top, left, h, w = window or (0, 0, *size)
-    y = (torch.arange(top, top + h, device=image.device) + 0.5) * (2 / size[0]) - 1
-    x = (torch.arange(left, left + w, device=image.device) + 0.5) * (2 / size[1]) - 1
-    grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
-    source = image.permute(2, 0, 1)[None].float()
-    out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=False)
+    rows, y = source_of(top, h, image.shape[0], size[0])
+    columns, x = source_of(left, w, image.shape[1], size[1])
+    grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).to(image.device)
+    source = image[rows, columns].permute(2, 0, 1)[None].float()  # only the part that the window shows
+    out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=True)
     return out[0].permute(1, 2, 0).round().to(torch.uint8)
+
+
+def source_of(first, count, old, new):
+    """Where `count` pixels, from `first` on, of a side of `new` lie on the side of `old` from which it is resized: the
+    slice of old pixels around them, and their places in it, -1 at its first pixel's centre to 1 at its last's."""
+    place = ((torch.arange(first, first + count, dtype=torch.float64) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
+    start, stop = int(place[0]), min(int(place[-1]) + 2, old)
+    return slice(start, stop), ((place - start) * (2 / max(stop - start - 1, 1)) - 1).float()
 
 
 class TrainData(Dataset):

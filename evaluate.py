@@ -8,6 +8,7 @@
 The modes, the resizing and the metrics are those of the published tables.
 """
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -24,9 +27,10 @@ import checkpoint
 from cli import Parser, ignore_signals, run, start_process, whole_number
 from data import VOID, InputError, SegmentationData, keep_ratio, normalise, resize
 from layouts import CITYSCAPES_IDS
-from settings import PRESETS
+from settings import AMP, PRESETS
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+BATCH_PIXELS = 2**20  # windows and mirrored views go through the network together up to so many
 
 
 # --------------------------------------------------------------------------------------------------- inference modes
@@ -44,14 +48,17 @@ def slide_inference(model, images, crop_size, stride):
     image smaller than the window is taken as it is.
     """
     (height, width), (h, w) = images.shape[2:], crop_size
+    tops, lefts = window_starts(height, h, stride[0]), window_starts(width, w, stride[1])
+    windows = [(slice(top, top + h), slice(left, left + w)) for top in tops for left in lefts]
+    at_once = max(BATCH_PIXELS // (len(images) * h * w), 1)
     total, count = None, images.new_zeros(height, width)
-    for top in window_starts(height, h, stride[0]):
-        for left in window_starts(width, w, stride[1]):
-            logits = model(images[:, :, top : top + h, left : left + w])
-            if total is None:
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[:, :, top : top + h, left : left + w] += logits
-            count[top : top + h, left : left + w] += 1
+    for i in range(0, len(windows), at_once):
+        logits = model(torch.cat([images[:, :, y, x] for y, x in windows[i : i + at_once]]))
+        if total is None:
+            total = logits.new_zeros(len(images), logits.shape[1], height, width)
+        for (y, x), window_logits in zip(windows[i : i + at_once], logits.split(len(images)), strict=True):
+            total[:, :, y, x] += window_logits
+            count[y, x] += 1
     return total.div_(count)
 
 
@@ -61,13 +68,43 @@ def window_starts(side, window, stride):
     return [max(min(i * stride, side - window), 0) for i in range(steps)]
 
 
-def logits_at(model, images, size, crop_size=None, stride=None):
-    """Logits (N, K, *size) of normalised images, by sliding windows if a stride is given, else whole."""
-    logits = slide_inference(model, images, crop_size, stride) if stride else whole_inference(model, images)
-    return F.interpolate(logits, size, mode="bilinear", align_corners=model.align_corners)
+def bilinear(sides, align_corners):
+    """float32 (sides[-1], sides[0]): the matrix of the bilinear resizes from each side length to the next."""
+    matrix = torch.eye(sides[0])
+    for side in sides[1:]:
+        matrix = F.interpolate(matrix[None], side, mode="linear", align_corners=align_corners)[0]
+    return matrix.T
 
 
-@torch.no_grad()
+def logits_by_rows(model, images, size, crop_size=None, stride=None, count=32):
+    """Yields (rows, logits (N, K, count, width)) of normalised images, until all rows of `size` have come.
+
+    By sliding windows if a stride is given, else whole. The logits are resized to the images' size, then to `size`,
+    (height, width). Both resizes are linear, so one matrix for the rows and one for the columns do them at once; a few
+    rows at a time stay in the processor's cache, and nothing of K x height x width is made.
+    """
+    if stride:
+        logits = slide_inference(model, images, crop_size, stride)
+        sizes = [logits.shape[2:], size]
+    else:
+        at_once = max(BATCH_PIXELS // images[0, 0].numel(), 1)
+        logits = torch.cat([model.coarse(some)[0] for some in images.split(at_once)])
+        sizes = [logits.shape[2:], images.shape[2:], size]
+    down, across = (bilinear(sides, model.align_corners) for sides in zip(*sizes, strict=True))
+    logits = logits.to(images.dtype)
+    if not stride:
+        logits = logits @ across.T.to(logits)  # (N, K, h, width); what windows gave is too wide for a matrix
+    for start in range(0, size[0], count):
+        rows = slice(start, min(start + count, size[0]))
+        used = down[rows].any(0).nonzero()
+        used = slice(used[0], used[-1] + 1)  # the few rows between which these lie
+        part = down[rows, used].to(logits) @ logits[:, :, used]
+        if stride:
+            part = F.interpolate(part, part.shape[2:3] + size[1:], mode="bilinear", align_corners=model.align_corners)
+        yield rows, part
+
+
+@torch.inference_mode()
 def multi_scale_flip(model, image, scale, ratios=RATIOS, crop_size=None, stride=None):
     """Mean of the softmax over views of one image, float32 (K, H, W).
 
@@ -75,30 +112,58 @@ def multi_scale_flip(model, image, scale, ratios=RATIOS, crop_size=None, stride=
     scale   (long, short): the view of ratio r is the image at keep-ratio (long r, short r), plain and mirrored
     """
     device, size = next(model.parameters()).device, tuple(image.shape[:2])
-    image, total = torch.as_tensor(image, device=device), 0
+    image = torch.as_tensor(image, device=device)
+    total = torch.zeros(model.decode_head.conv_seg.out_channels, *size, device=device)
     for ratio in ratios:
         view = resize(image, keep_ratio(size, [int(side * ratio) for side in scale]))
         view = normalise(view.permute(2, 0, 1)[None])
-        total = total + logits_at(model, view, size, crop_size, stride)[0].softmax(0)
-        total += logits_at(model, view.flip(3), size, crop_size, stride)[0].softmax(0).flip(2)
-    return total / (2 * len(ratios))
+        views = torch.cat([view, view.flip(3)])
+        for rows, (plain, mirrored) in logits_by_rows(model, views, size, crop_size, stride):
+            total[:, rows] += plain.softmax(0) + mirrored.softmax(0).flip(2)
+    return total.div_(2 * len(ratios))
 
 
 @torch.inference_mode()
-def scores(model, image, config, aug=False):
-    """Float (K, H, W), largest at a pixel's class, of one uint8 RGB image (H, W, 3) as a checkpoint's config says:
-    logits, or with aug the mean probabilities."""
+def scores_by_rows(model, image, config, aug=False):
+    """Yields (rows, scores (K, some rows, W)) of one uint8 RGB image (H, W, 3) as a checkpoint's config says: logits,
+    or with aug the mean probabilities. A pixel's class has the largest."""
     device, size = next(model.parameters()).device, tuple(image.shape[:2])
     scale, window = config["scale"] or size, (config["crop_size"], config["stride"])
     if aug:
-        return multi_scale_flip(model, image, scale, RATIOS, *window)
+        yield slice(None), multi_scale_flip(model, image, scale, RATIOS, *window)
+        return
     view = resize(torch.as_tensor(image, device=device), keep_ratio(size, scale))
-    return logits_at(model, normalise(view.permute(2, 0, 1)[None]), size, *window)[0]
+    for rows, (logits,) in logits_by_rows(model, normalise(view.permute(2, 0, 1)[None]), size, *window):
+        yield rows, logits
 
 
 def predict(model, image, config, aug=False):
-    """The class of each pixel, uint8 (H, W) on the CPU; the arguments are those of `scores`."""
-    return scores(model, image, config, aug).max(0).indices.byte().cpu()
+    """The class of each pixel, uint8 (H, W) on the CPU; the arguments are those of `scores_by_rows`."""
+    classes = [scores.max(0).indices.byte() for _, scores in scores_by_rows(model, image, config, aug)]
+    return torch.cat(classes).cpu()
+
+
+# ------------------------------------------------------------------------------------------------ the model made fast
+
+
+def fold_batchnorm(model):
+    """The model in eval mode with every BatchNorm in the convolution before it: there both are linear."""
+    for module in model.eval().modules():
+        for (name, conv), (bn_name, bn) in itertools.pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, bn))
+                setattr(module, bn_name, nn.Identity())
+    return model
+
+
+def for_inference(model, device, amp="none", compiled=False):
+    """The model as it evaluates: the same results to rounding, but with amp ("bf16" or "fp16": mixed precision)."""
+    model = fold_batchnorm(model).to(device, memory_format=torch.channels_last)
+    if amp != "none":
+        model.coarse = torch.autocast(device.type, AMP[amp])(model.coarse)
+    if compiled:
+        model.coarse = torch.compile(model.coarse)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -140,8 +205,13 @@ def evaluate(model, data, config, aug=False, workers=0, rank=0, world=1, save=No
     loader = DataLoader(Subset(data, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     with tqdm(loader, "evaluating", disable=rank > 0, leave=False, dynamic_ncols=True) as bar:
         for i, (image, label) in zip(indices, bar, strict=True):
-            score = scores(model, image, config, aug)
-            prediction = score.max(0).indices.byte().cpu()
+            prediction = torch.empty(image.shape[:2], dtype=torch.uint8)
+            for rows, scores in scores_by_rows(model, image, config, aug):
+                prediction[rows] = scores.max(0).indices.byte()
+                if with_loss:
+                    target = label[rows].to(device).long()[None]
+                    total = F.cross_entropy(scores[None], target, ignore_index=VOID, reduction="sum")
+                    loss += torch.tensor([total.item(), target.numel()], dtype=torch.float64)
             if save:
                 save(i, prediction)
             if label is None:
@@ -149,10 +219,6 @@ def evaluate(model, data, config, aug=False, workers=0, rank=0, world=1, save=No
                     raise InputError(f"{data.name}: split {data.split!r} has no labels; --save DIR writes predictions")
                 continue
             matrix += confusion_matrix(prediction, label, len(data.classes))
-            if with_loss:
-                target = label.to(device).long()[None]
-                total = F.cross_entropy(score[None], target, ignore_index=VOID, reduction="sum")
-                loss += torch.tensor([total.item(), label.numel()], dtype=torch.float64)
     if world > 1:
         totals = torch.cat([matrix.flatten().double(), loss]).to(device)  # counts are exact in float64 up to 2^53
         dist.all_reduce(totals)
@@ -194,6 +260,8 @@ def main():
     parser.add_argument("--split", default="val", help="train, val or test (default: val)")
     parser.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
     parser.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
+    parser.add_argument("--amp", choices=AMP, default="none", help="mixed precision")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network; it pays if sizes are equal")
     parser.add_argument("--workers", type=whole_number, default=2, help="processes that read images (default: 2)")
     args = parser.parse_args()
     if args.checkpoint and args.named:
@@ -201,13 +269,10 @@ def main():
 
     device, rank, world = start_process()
     source = args.checkpoint or args.named or checkpoint.newest_run() / "best.pt"
-    state = checkpoint.load(source)
-    config = state["config"]
+    model, config = checkpoint.load_model(source)
     name = args.dataset or config["dataset"]
     root = args.data_root or (config["data_root"] if name == config["dataset"] else None)
     data = SegmentationData(name, root, args.split)
-    model = checkpoint.build_model(config)
-    checkpoint.load_weights(model, state["model"], source)
     # Published files spell a few names of the well-known data sets otherwise; own classes must be the same.
     if len(data.classes) != len(config["classes"]) or (
         data.name == "folder" and list(data.classes) != config["classes"]
@@ -217,7 +282,7 @@ def main():
             f"--dataset {data.name}: its {len(data.classes)} classes ({names[0]} ...) are not the "
             f"{len(config['classes'])} of {source} ({names[1]} ...)"
         )
-    model.eval().to(device, memory_format=torch.channels_last)
+    model = for_inference(model, device, args.amp, args.compile)
     folder = Path(args.save or args.submit) if args.save or args.submit else None
     table = submission_table(data.name) if args.submit else np.arange(256, dtype=np.uint8)
 

@@ -10,14 +10,13 @@ import glob
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
 from cli import Parser, run, start_process
 from data import InputError, read_image
-from evaluate import predict
+from evaluate import for_inference, predict
 from pictures import colour, with_legend
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -53,11 +52,8 @@ def main():
     images = find_images(args.images)
     device, _, _ = start_process()
     source = args.checkpoint or checkpoint.newest_run() / "best.pt"
-    state = checkpoint.load(source)
-    config = state["config"]
-    model = checkpoint.build_model(config)
-    checkpoint.load_weights(model, state["model"], source)
-    model.eval().to(device, memory_format=torch.channels_last)
+    model, config = checkpoint.load_model(source)
+    model = for_inference(model, device)
     with tqdm(images.items(), "predicting", dynamic_ncols=True) as bar:
         for name, path in bar:
             image = read_image(path)

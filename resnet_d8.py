@@ -193,12 +193,16 @@ class Segmentor(nn.Module):
     def decode(self, c3, c4):
         return self.decode_head(c4)
 
-    def forward(self, images):                              # (N, 3, H, W)
+    def coarse(self, images):                               # (N, 3, H, W)
+        """The heads' logits, both (N, K, H/8, W/8) rounded up; the auxiliary ones in training mode, else None."""
         c1, c2, c3, c4 = self.backbone(images)
-        logits = self.resize(self.decode(c3, c4), images)   # (N, K, H, W)
+        return self.decode(c3, c4), self.auxiliary_head(c3) if self.training else None
+
+    def forward(self, images):                              # (N, 3, H, W)
+        logits, aux_logits = self.coarse(images)            # (N, K, H/8, W/8)
         if not self.training:
-            return logits
-        return logits, self.resize(self.auxiliary_head(c3), images)
+            return self.resize(logits, images)              # (N, K, H, W)
+        return self.resize(logits, images), self.resize(aux_logits, images)
 
     def resize(self, logits, images):
         logits = logits.to(images.dtype)  # under autocast too, the resize and what follows are in full precision

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import checkpoint
 from cli import Parser, whole_number
 from layouts import InputError
@@ -33,6 +35,9 @@ PRESETS = {
 }
 
 
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: the type of mixed precision
+
+
 def parse(description):
     """(config, out, resume): the run's settings; what is not given comes from the run itself or from the preset."""
     parser = Parser(description, argument_default=argparse.SUPPRESS)  # leaves out what was not given
@@ -49,8 +54,10 @@ def parse(description):
     add("--pretrained", help="the backbone's weights: none, file or URL (default: ImageNet's for depth 50 and 101)")
     add("--init", help="start from a whole checkpoint: file, URL or published name; its classifiers only if they fit")
     add("--class-weights", nargs="+", help="of the loss: a number per class, or balanced: median / frequency")
-    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision (default: none)")
+    add("--amp", choices=AMP, help="mixed precision (default: none)")
     add("--compile", action="store_true", help="torch.compile the model")
+    add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, which is slower")
+    add("--cache", metavar="DIR", help="keep decoded images there: reading is faster, from the second epoch on")
     add("--workers", type=whole_number, help="data-loading processes of each process (default: 2)")
     add("--seed", type=whole_number, help="of the weights, the order and the augmentation (default: 0)")
     add("--out", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
@@ -80,13 +87,15 @@ def parse(description):
         "class_weights": None,
         "pretrained": "imagenet" if chosen["depth"] >= 50 else "none",
         "amp": "none",
+        "cache": None,
         "compile": False,
+        "deterministic": False,
         "workers": 2,
         "seed": 0,
         "align_corners": preset.align_corners,
         "scale": preset.scale and list(preset.scale),
     }
-    for name in sorted(given.keys() - {"workers", "data_root", "batch_size", "accumulate"}):
+    for name in sorted(given.keys() - {"workers", "cache", "data_root", "batch_size", "accumulate"}):
         if resume and given[name] != saved.get(name, defaults.get(name)):
             raise InputError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved.get(name)}")
     config = defaults | chosen | saved | given

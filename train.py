@@ -10,6 +10,7 @@ A run lives in one folder: config.json, last.pt, best.pt, log.jsonl, samples/*.p
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -45,18 +46,48 @@ def segmentation_loss(logits, labels, weight=None):
     return F.cross_entropy(logits, labels, weight, ignore_index=255, reduction="sum") / labels.numel()
 
 
+def training_step(model, optimizer, scaler, batches, lr, class_weights=None, amp=None):
+    """One step of training: the mean gradient of all `batches`, pairs of normalised images (N, 3, H, W) and labels
+    (N, H, W), then SGD at the learning rate lr. In mixed precision if amp is a dtype.
+
+    Returns the loss and the weighted auxiliary loss, their means over all processes; if one is not finite, the step was
+    not taken.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    losses = 0
+    for images, labels in batches:
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            logits, aux_logits = model(images)
+        loss = segmentation_loss(logits, labels, class_weights) / len(batches)
+        aux_loss = 0.4 * segmentation_loss(aux_logits, labels, class_weights) / len(batches)
+        scaler.scale(loss + aux_loss).backward()
+        losses += torch.stack([loss, aux_loss]).detach()
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+    if losses.isfinite().all():
+        scaler.step(optimizer)
+        scaler.update()
+    return losses.tolist()
+
+
 def main():
     config, out, resume = settings.parse(__doc__)
     device, rank, world = start_process()
     crop_size, iters, seed, accumulate = (config[name] for name in ("crop_size", "iters", "seed", "accumulate"))
 
-    train_data = SegmentationData(config["dataset"], config["data_root"], "train")
-    val_data = SegmentationData(config["dataset"], config["data_root"], "val")
+    train_data = SegmentationData(config["dataset"], config["data_root"], "train", config["cache"])
+    val_data = SegmentationData(config["dataset"], config["data_root"], "val", config["cache"])
     settings.complete(config, out, train_data, val_data, world)
     class_weights = data_tools.class_weights(config["class_weights"], train_data, config["workers"], rank, world)
     class_weights = class_weights if class_weights is None else class_weights.to(device)
 
     torch.manual_seed(seed)
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_flush_denormal(True)  # fresh weights drive activations to denormals, on which a CPU is slow
     model = checkpoint.build_model(config)
     sync_bn = world > 1 and device.type == "cuda"
@@ -84,8 +115,7 @@ def main():
         trained = nn.parallel.DistributedDataParallel(model)
     if config["compile"]:
         trained = torch.compile(trained)
-    amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config["amp"]]
-
+    amp = settings.AMP[config["amp"]]
     received = []
 
     def finish_step(number, frame):
@@ -157,35 +187,20 @@ def main():
         while iteration < iters:
             step_start = time.monotonic()
 
-            # One step of training.
             lr = poly_lr(iteration, iters, config["lr"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             torch.manual_seed((seed * iters + iteration) * world + rank)  # dropout's: a resumed run draws the same
-            optimizer.zero_grad()
-            status = torch.zeros(3, device=device)  # the two losses, and whether some process is to stop
-            status[2] = len(received)
-            for _ in range(accumulate):
-                batch = next(loader)
-                images, labels = to_device(batch, device)
-                with torch.autocast(device.type, amp, enabled=amp is not None):
-                    logits, aux_logits = trained(images)
-                loss = segmentation_loss(logits, labels, class_weights) / accumulate
-                aux_loss = 0.4 * segmentation_loss(aux_logits, labels, class_weights) / accumulate
-                scaler.scale(loss + aux_loss).backward()
-                status[:2] += torch.stack([loss, aux_loss]).detach()
-            if world > 1:
-                dist.all_reduce(status)
-            loss, aux_loss, stop = (status / world).tolist()
+            loaded = [next(loader) for _ in range(accumulate)]
+            batches, scale = [to_device(batch, device) for batch in loaded], scaler.get_scale()
+            loss, aux_loss = training_step(trained, optimizer, scaler, batches, lr, class_weights, amp)
             if not math.isfinite(loss + aux_loss):
-                files = ", ".join(batch["file"])
+                files = ", ".join(file for batch in loaded for file in batch["file"])
                 raise InputError(
                     f"iteration {iteration}: the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {files}"
                 )
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
             skipped += scaler.get_scale() < scale  # fp16: a gradient overflowed, the weights stay
+            stop = torch.tensor(len(received), device=device)
+            if world > 1:
+                dist.all_reduce(stop)
 
             speed = config["effective_batch"] / (time.monotonic() - step_start)
             if rank == 0 and iteration % max(iters // 1000, 1) == 0:

@@ -23,8 +23,9 @@ def test_resize_is_opencv_bilinear(key):
     ours = resize(IMAGE, golden.shape[:2]).numpy()
     assert ours.dtype == np.uint8
     assert np.abs(ours - golden).max() <= 1
-    window = resize(IMAGE, golden.shape[:2], (11, 7, 20, 30)).numpy()
-    assert np.array_equal(window, ours[11:31, 7:37])
+    window = resize(IMAGE, golden.shape[:2], (11, 7, 20, 30)).numpy().astype(int)
+    assert np.abs(window - golden[11:31, 7:37]).max() <= 1
+    assert np.abs(window - ours[11:31, 7:37]).max() <= 1  # halves may be rounded either way
 
 
 def test_resize_is_its_formula():

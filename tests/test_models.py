@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 
 from ann import AsymmetricNonLocalBlock
 from checkpoint import MODELS
-from evaluate import logits_at, multi_scale_flip, slide_inference, whole_inference
+from evaluate import fold_batchnorm, logits_by_rows, multi_scale_flip, slide_inference, whole_inference
 from gcnet import GCBlock, GCNet, SimplifiedNonLocalBlock, SNLNet
 from nonlocal_net import NonLocalBlock, NonLocalNet
 from resnet_d8 import FCN
@@ -79,7 +80,7 @@ def test_training_step(name):
 @pytest.mark.parametrize("align", [False, True], ids=["plain", "align_corners"])
 @pytest.mark.parametrize("name", PUBLISHED)
 @torch.no_grad()
-def test_whole_and_slide(name, align):
+def test_whole_and_slide(name, align, monkeypatch):
     model, golden = build(name, 50, align), reference.arrays(name)
     images, prefix = torch.tensor(INPUTS["wide"]), "align" if align else "plain"
     whole = whole_inference(model, images)
@@ -87,15 +88,27 @@ def test_whole_and_slide(name, align):
     for mode, logits in (("whole", whole), ("slide", slide)):
         close_to_largest(logits[:, :, ::4, ::4], golden[f"{prefix}_{mode}"])
         assert (logits.argmax(1).numpy() == golden[f"{prefix}_{mode}_argmax"]).mean() >= 0.998
-    rescaled = logits_at(model, images, (71, 120), (65, 65), (43, 43)).argmax(1)
+
+    def at(*arguments):
+        return torch.cat([rows for _, rows in logits_by_rows(model, images, *arguments)], dim=2)
+
+    rescaled = at((71, 120), (65, 65), (43, 43)).argmax(1)
     assert (rescaled.numpy() == golden[f"{prefix}_slide_rescaled_argmax"]).mean() >= 0.998
+    for size in (whole.shape[2:], (71, 120), (200, 333), (1, 1)):
+        close_to_largest(at(size), F.interpolate(whole, size, mode="bilinear", align_corners=align).numpy(), 1e-5)
+    # What evaluate.py runs: windows one by one or together, and the BatchNorms in the convolutions.
+    monkeypatch.setattr("evaluate.BATCH_PIXELS", 1)
+    close_to_largest(slide_inference(model, images, (65, 65), (43, 43)), slide.numpy(), 1e-5)
+    folded = fold_batchnorm(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    close_to_largest(folded(images), whole.numpy(), 1e-5)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @torch.no_grad()
 def test_multi_scale_flip(name, monkeypatch):
     model, golden, sizes = build(name, 50), reference.arrays(name), []
-    model.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.extend(tuple(x.shape[1:]) for x in inputs[0]))
     mean = multi_scale_flip(model, INPUTS["image"], (256, 96))
     assert sizes == [tuple(size) for size in golden["msflip_sizes"]]
     assert np.abs(mean[None, :, ::5, ::5].numpy() - golden["msflip_prob"]).max() <= 1e-3
