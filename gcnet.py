@@ -16,7 +16,8 @@ A non-local block weighs all positions anew for every query, yet the trained wei
     bottleneck ratio r               ratio (4: C/r channels between W_v1 and W_v2)
     fusion                           x + ...; fusion="mul": x * sigmoid(...)
 
-The block sits between the two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models.
+The block sits between the two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models;
+`add_gc_blocks` puts it into the backbone, as in the paper's other experiments.
 """
 
 # fmt: off
@@ -83,6 +84,18 @@ class GCBlock(nn.Module):
 
     def context_modelling(self, x):
         return global_attention_pooling(x, self.conv_mask) if self.conv_mask else x.mean((2, 3), keepdim=True)
+
+
+def add_gc_blocks(resnet, ratio):
+    """Ends each residual branch of c3 to c5 with a GC block (section 5.1, "after 1x1"); takes torchvision's too."""
+    for block in (*resnet.layer2, *resnet.layer3, *resnet.layer4):
+        last = "bn3" if hasattr(block, "bn3") else "bn2"
+        bn = getattr(block, last)
+        gc_block = GCBlock(len(bn.weight), ratio)
+        if hasattr(block, "context_block"):
+            block.context_block = gc_block
+        else:  # torchvision's
+            setattr(block, last, nn.Sequential(bn, gc_block))
 
 
 class GCHead(FCNHead):
