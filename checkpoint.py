@@ -19,7 +19,7 @@ import torch
 
 import zoo
 from ann import ANN
-from gcnet import GCNet, SNLNet
+from gcnet import GCNet, SNLNet, add_gc_blocks
 from layouts import InputError
 from nonlocal_net import NonLocalNet
 from resnet_d8 import FCN, ResNetD8
@@ -29,7 +29,10 @@ MODELS = {"gcnet": GCNet, "nonlocal_net": NonLocalNet, "ann": ANN, "snlnet": SNL
 
 def build_model(config):
     """A new model for a checkpoint's config, on the CPU."""
-    return MODELS[config["model"]](len(config["classes"]), config["depth"], config["align_corners"])
+    model = MODELS[config["model"]](len(config["classes"]), config["depth"], config["align_corners"])
+    if config.get("gc_backbone"):
+        add_gc_blocks(model.backbone, config["gc_backbone"])
+    return model
 
 
 def save(state, path):
@@ -126,6 +129,11 @@ def load_model(source):
     return model, state["config"]
 
 
+def context_blocks(module):
+    """The weights of a backbone's GC blocks: a file without them leaves them as they start, the identity."""
+    return {key: value for key, value in module.state_dict().items() if ".context_block." in key}
+
+
 def load_backbone(model, source, depth):
     """Starts the model's backbone from ImageNet weights: "imagenet", a path or URL, or "none"."""
     if source == "none":
@@ -141,16 +149,19 @@ def load_backbone(model, source, depth):
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else None
     if not isinstance(weights, dict):
         raise InputError(f"--pretrained {source}: holds no weights by name")
-    load_weights(model.backbone, {k: v for k, v in weights.items() if not k.startswith("fc.")}, source)
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    load_weights(model.backbone, context_blocks(model.backbone) | weights, source)
 
 
 def load_initial(model, source):
     """Starts the model from a checkpoint, but for the classifiers where their class counts differ. Says what it did."""
-    weights, own = load(source)["model"], model.state_dict()
+    own, given = model.state_dict(), load(source)["model"]
+    weights = context_blocks(model) | given
     kept = {key for key in weights if "conv_seg" in key and key in own and weights[key].shape != own[key].shape}
     load_weights(model, {key: own[key] if key in kept else weights[key] for key in weights}, source)
     classifiers = "but the classifiers, which start anew: other classes" if kept else "classifiers too"
-    return f"--init {source}: all weights, {classifiers}"
+    fresh = "; the backbone's GC blocks start anew" if len(weights) > len(given) else ""
+    return f"--init {source}: all weights, {classifiers}{fresh}"
 
 
 def newest_run(root="runs"):

@@ -7,15 +7,17 @@ A non-local block weighs all positions anew for every query, yet the trained wei
 
     SNL, eq. 3:  z_i = x_i + W_v  sum_j a_j x_j                         a_j = exp(W_k x_j) / sum_m exp(W_k x_m)
     GC,  eq. 5:  z_i = x_i + W_v2 ReLU(LN(W_v1 sum_j a_j x_j))
+    SE:          z_i = x_i * sigmoid(W_v2 ReLU(W_v1 sum_j a_j x_j))     a_j = 1 / HW
 
-    paper                            here
-    context modelling, W_k           global_attention_pooling, conv_mask
+    framework, eq. 4                 here
+    context modelling, W_k           global_attention_pooling, conv_mask; pooling="avg": the mean
     transform, W_v                   conv_value
-    transform, W_v1 LN ReLU W_v2     channel_add_conv[0], [1], [2], [3]
+    transform, W_v1 LN ReLU W_v2     channel_add_conv (or channel_mul_conv) [0], [1], [2], [3]
     bottleneck ratio r               ratio (4: C/r channels between W_v1 and W_v2)
-    fusion                           x + ...
+    fusion                           x + ...; fusion="mul": x * sigmoid(...)
 
-The block sits between the two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models.
+The block sits between the two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models;
+`add_gc_blocks` puts it into the backbone, as in the paper's other experiments.
 """
 
 # fmt: off
@@ -51,25 +53,49 @@ class SimplifiedNonLocalBlock(nn.Module):
 
 
 class GCBlock(nn.Module):
-    """GC (section 4.3, figure 4d): (N, C, H, W) to the same, by a bottleneck transform. Starts as the identity."""
+    """GC (section 4.3, figure 4d): (N, C, H, W), or (N, C, T, H, W) of videos, to the same, by a bottleneck transform.
+    With fusion "add" it starts as the identity, with "mul" by halving x; pooling is "att" or "avg"."""
 
-    def __init__(self, channels, ratio=4):
+    def __init__(self, channels, ratio=4, pooling="att", fusion="add"):
         super().__init__()
-        self.conv_mask = nn.Conv2d(channels, 1, 1)
-        self.channel_add_conv = nn.Sequential(
+        assert pooling in ("att", "avg") and fusion in ("add", "mul")
+        self.conv_mask = nn.Conv2d(channels, 1, 1) if pooling == "att" else None
+        self.fusion = fusion
+        transform = nn.Sequential(
             nn.Conv2d(channels, channels // ratio, 1),
             nn.LayerNorm([channels // ratio, 1, 1]),
             nn.ReLU(inplace=True),
             nn.Conv2d(channels // ratio, channels, 1),
         )
-        nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
-        nn.init.zeros_(self.conv_mask.bias)
-        nn.init.zeros_(self.channel_add_conv[3].weight)
-        nn.init.zeros_(self.channel_add_conv[3].bias)
+        self.add_module(f"channel_{fusion}_conv", transform)
+        if self.conv_mask:
+            nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
+            nn.init.zeros_(self.conv_mask.bias)
+        nn.init.zeros_(transform[3].weight)
+        nn.init.zeros_(transform[3].bias)
 
-    def forward(self, x):                                       # (N, C, H, W)
-        context = global_attention_pooling(x, self.conv_mask)   # (N, C, 1, 1)
-        return x + self.channel_add_conv(context)               # (N, C, H, W)
+    def forward(self, x):                                           # (N, C, H, W)
+        if x.dim() == 5:  # a video's frames, one below the other
+            return self(x.flatten(2, 3)).view_as(x)
+        context = self.context_modelling(x)                         # (N, C, 1, 1)
+        if self.fusion == "mul":
+            return x * self.channel_mul_conv(context).sigmoid()     # (N, C, H, W)
+        return x + self.channel_add_conv(context)                   # (N, C, H, W)
+
+    def context_modelling(self, x):
+        return global_attention_pooling(x, self.conv_mask) if self.conv_mask else x.mean((2, 3), keepdim=True)
+
+
+def add_gc_blocks(resnet, ratio):
+    """Ends each residual branch of c3 to c5 with a GC block (section 5.1, "after 1x1"); takes torchvision's too."""
+    for block in (*resnet.layer2, *resnet.layer3, *resnet.layer4):
+        last = "bn3" if hasattr(block, "bn3") else "bn2"
+        bn = getattr(block, last)
+        gc_block = GCBlock(len(bn.weight), ratio)
+        if hasattr(block, "context_block"):
+            block.context_block = gc_block
+        else:  # torchvision's
+            setattr(block, last, nn.Sequential(bn, gc_block))
 
 
 class GCHead(FCNHead):

@@ -50,12 +50,13 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.context_block = nn.Identity()  # gcnet.add_gc_blocks puts a GC block here
         self.downsample = shortcut(in_channels, channels, stride)
         nn.init.zeros_(self.bn2.weight)  # each block starts as its shortcut
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
+        out = self.context_block(self.bn2(self.conv2(out)))
         return F.relu(out + self.downsample(x), inplace=True)
 
 
@@ -73,13 +74,14 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        self.context_block = nn.Identity()  # gcnet.add_gc_blocks puts a GC block here
         self.downsample = shortcut(in_channels, out_channels, stride)
         nn.init.zeros_(self.bn3.weight)  # each block starts as its shortcut
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
+        out = self.context_block(self.bn3(self.conv3(out)))
         return F.relu(out + self.downsample(x), inplace=True)
 
 

@@ -46,6 +46,7 @@ def parse(description):
     add("--dataset", choices=PRESETS, help="default: shapes, which is drawn, not read")
     add("--data-root", help="the data set's folder (default: data/DATASET)")
     add("--depth", type=int, choices=(18, 34, 50, 101), help="of the ResNet (default: 50, with shapes 18)")
+    add("--gc-backbone", type=int, choices=(4, 16), help="put GC blocks of this ratio into the ResNet (default: none)")
     add("--crop-size", type=positive, nargs=2, metavar=("H", "W"), help="default: the data set's preset")
     add("--batch-size", type=positive, help="images per process (default: the preset, made for 4 processes)")
     add("--accumulate", type=positive, help="batches per step (default: 1)")
@@ -78,6 +79,7 @@ def parse(description):
         raise InputError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
     defaults = {
         "data_root": None,
+        "gc_backbone": None,
         "crop_size": list(preset.crop),
         "batch_size": preset.batch,
         "accumulate": 1,
