@@ -154,12 +154,12 @@ class TrainData(Dataset):
         image, label = self.data[i]
         ratio = rng.uniform(0.5, 2)
         size = keep_ratio(label.shape, [int(side * ratio) or 1 for side in self.scale or label.shape])
-        # The label is resized to the nearest pixel on the image's own grid, and the crop is chosen on it; of the image,
-        # only what the crop shows is resized.
-        label = label[nearest(label.shape[0], size[0])][:, nearest(label.shape[1], size[1])]
+        # The label is resized to the nearest pixel on the image's own grid, and the crop is chosen on it; of either, only
+        # what the crop shows is resized.
+        rows, columns = nearest(label.shape[0], size[0]), nearest(label.shape[1], size[1])
         for _ in range(11):
             top, left = (int(rng.integers(max(side - c, 0) + 1)) for side, c in zip(size, self.crop, strict=True))
-            crop = label[top : top + self.crop[0], left : left + self.crop[1]]
+            crop = label[rows[top : top + self.crop[0]]][:, columns[left : left + self.crop[1]]]
             counts = np.bincount(crop.flatten(), minlength=256)[:VOID]
             if np.count_nonzero(counts) > 1 and counts.max() < 0.75 * counts.sum():
                 break
