@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+import context
 import shapes
 from layouts import INVALID, LAYOUTS, VOID, InputError
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+DRAWN = {"shapes": shapes, "context": context}  # the embedded data sets: modules that draw their scenes
 
 
 # --------------------------------------------------------------------------------------------------------- data sets
@@ -61,15 +63,18 @@ class SegmentationData(Dataset):
     """One split of a data set. Item i is (image, label) as the module says; label is None where the split has none.
 
     classes, palette    names and RGB colours
-    files               (image path, label path or None) of each item; `shapes` has names only
+    files               (image path, label path or None) of each item; drawn scenes have names only
+    ratios              between which the training's random resizing draws
     cache               a folder for decoded images, mapped into memory: what is not looked at is not even read
     """
 
     def __init__(self, name, root, split, cache=None):
         self.name, self.split, self.cache = name, split, cache
-        if name == "shapes":
-            self.classes, self.palette = shapes.CLASSES, shapes.PALETTE
-            self.files = [(Path(f"{split}{i:05}"), None) for i in range(shapes.COUNTS.get(split, 0))]
+        # A crop out of an enlarged scene of `context` would lack the sky, and its labels would have no reason.
+        self.ratios = (1, 1) if name == "context" else (0.5, 2)
+        if name in DRAWN:
+            self.classes, self.palette = DRAWN[name].CLASSES, DRAWN[name].PALETTE
+            self.files = [(Path(f"{split}{i:05}"), None) for i in range(DRAWN[name].COUNTS.get(split, 0))]
         else:
             root = Path(root or f"data/{name.removesuffix('769')}").expanduser()
             self.files, self.classes, self.palette, self.table = LAYOUTS[name](root, split)
@@ -80,8 +85,8 @@ class SegmentationData(Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        if self.name == "shapes":
-            return tuple(torch.from_numpy(array) for array in shapes.draw(self.split, i))
+        if self.name in DRAWN:
+            return tuple(torch.from_numpy(array) for array in DRAWN[self.name].draw(self.split, i))
         image_path, label_path = self.files[i]
         image = self.read(image_path, read_image)
         if label_path is None:
@@ -152,7 +157,7 @@ class TrainData(Dataset):
         position, i = key
         rng = np.random.default_rng((self.seed, position))
         image, label = self.data[i]
-        ratio = rng.uniform(0.5, 2)
+        ratio = rng.uniform(*self.data.ratios)
         size = keep_ratio(label.shape, [int(side * ratio) or 1 for side in self.scale or label.shape])
         # The label is resized to the nearest pixel on the image's own grid, and the crop is chosen on it; of either, only
         # what the crop shows is resized.

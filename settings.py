@@ -9,6 +9,7 @@ import torch
 
 import checkpoint
 from cli import Parser, whole_number
+from data import DRAWN
 from layouts import InputError
 
 
@@ -32,6 +33,7 @@ PRESETS = {
     "voc12aug": Preset((2048, 512), (512, 512), 4, 20_000, 0.01, False, None),
     "folder": Preset(None, (512, 512), 4, 20_000, 0.01, False, None),  # None: each image at its own size
     "shapes": Preset(None, (64, 64), 8, 240, 0.03, False, None),
+    "context": Preset(None, (32, 160), 8, 300, 0.1, False, None),
 }
 
 
@@ -43,9 +45,9 @@ def parse(description):
     parser = Parser(description, argument_default=argparse.SUPPRESS)  # leaves out what was not given
     add = parser.add_argument
     add("--model", choices=checkpoint.MODELS, help="default: gcnet")
-    add("--dataset", choices=PRESETS, help="default: shapes, which is drawn, not read")
+    add("--dataset", choices=PRESETS, help="default: shapes; it and context are drawn, not read")
     add("--data-root", help="the data set's folder (default: data/DATASET)")
-    add("--depth", type=int, choices=(18, 34, 50, 101), help="of the ResNet (default: 50, with shapes 18)")
+    add("--depth", type=int, choices=(18, 34, 50, 101), help="of the ResNet (default: 50, with drawn scenes 18)")
     add("--gc-backbone", type=int, choices=(4, 16), help="put GC blocks of this ratio into the ResNet (default: none)")
     add("--crop-size", type=positive, nargs=2, metavar=("H", "W"), help="default: the data set's preset")
     add("--batch-size", type=positive, help="images per process (default: the preset, made for 4 processes)")
@@ -68,7 +70,7 @@ def parse(description):
     out, resume = given.pop("out", None), given.pop("resume", False)
     chosen = {"model": "gcnet", "dataset": "shapes"} | given
     preset = PRESETS[chosen["dataset"]]
-    chosen.setdefault("depth", 18 if chosen["dataset"] == "shapes" else 50)
+    chosen.setdefault("depth", 18 if chosen["dataset"] in DRAWN else 50)
     out = Path(out or "runs/{model}-r{depth}-{dataset}".format(**chosen))
     if given.get("data_root"):
         given["data_root"] = str(Path(given["data_root"]).expanduser().resolve())
@@ -118,7 +120,7 @@ def complete(config, out, train_data, val_data, world):
         wanted = config["effective_batch"]
         raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, this would be {effective}")
     for data in (train_data, val_data):
-        if data.files[0][1] is None and data.name != "shapes":
+        if data.files[0][1] is None and data.name not in DRAWN:
             raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
     if config.setdefault("classes", list(train_data.classes)) != list(train_data.classes):
         raise InputError(f"{out}: the run was trained on other classes: {', '.join(config['classes'][:4])} ...")
@@ -131,7 +133,7 @@ def batch_notes(config, world, where):
     notes = [f"{world} x {batch} x {accumulate} = {effective} images per step; {where}"]
     preset = PRESETS[config["dataset"]]
     published = 4 * preset.batch
-    if config["dataset"] not in ("folder", "shapes") and effective != published:
+    if config["dataset"] not in ("folder", *DRAWN) and effective != published:
         ways = [f"--batch-size {published // world}"] if published % world == 0 else []
         if published % (batch * world) == 0:
             ways.append(f"--accumulate {published // (batch * world)} (but BatchNorm sees {batch * world})")

@@ -33,14 +33,24 @@ def draw(split, index):
         kind = int(rng.integers(1, len(CLASSES)))
         centre, radius, turn = rng.uniform(8, SIZE - 8, 2), rng.uniform(11, 19), rng.uniform(0, 2 * np.pi)
         hue, saturation, value = int(rng.normal(kind * 51, 12)) % 256, *rng.integers(150, 256, 2).tolist()
-        rotation = radius * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-        outline = OUTLINES[CLASSES[kind]] @ rotation
-        mask = Image.new("1", (SIZE, SIZE))
-        ImageDraw.Draw(mask).polygon([tuple(p) for p in centre + outline], fill=1)
-        if CLASSES[kind] == "ring":
-            ImageDraw.Draw(mask).polygon([tuple(p) for p in centre + 0.5 * outline], fill=0)
-        image.paste(Image.new("HSV", (SIZE, SIZE), (hue, saturation, value)).convert("RGB"), mask=mask)
-        label.paste(kind, mask=mask)
+        place(image, label, CLASSES[kind], kind, centre, radius, turn, (hue, saturation, value))
+    return finish(image, label, rng)
+
+
+def place(image, label, form, kind, centre, radius, turn, hsv):
+    """Draws an object of a form and a colour into the image, and its class `kind` into the label (both Pillow's)."""
+    rotation = radius * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    outline = OUTLINES[form] @ rotation
+    mask = Image.new("1", image.size)
+    ImageDraw.Draw(mask).polygon([tuple(p) for p in centre + outline], fill=1)
+    if form == "ring":
+        ImageDraw.Draw(mask).polygon([tuple(p) for p in centre + 0.5 * outline], fill=0)
+    image.paste(Image.new("HSV", image.size, hsv).convert("RGB"), mask=mask)
+    label.paste(kind, mask=mask)
+
+
+def finish(image, label, rng):
+    """Pillow's image and label to arrays, with noise on the one and void along the borders in the other."""
     border = np.asarray(label.filter(ImageFilter.MaxFilter(3))) != np.asarray(label.filter(ImageFilter.MinFilter(3)))
-    noise = rng.normal(0, 8, (SIZE, SIZE, 3))
+    noise = rng.normal(0, 8, (*border.shape, 3))
     return np.clip(image + noise, 0, 255).astype(np.uint8), np.where(border, VOID, label).astype(np.uint8)

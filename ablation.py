@@ -1,0 +1,74 @@
+"""The ablation: every model on the scenes of context.py, with several seeds and one recipe, as one table in Markdown.
+
+    python ablation.py                                  # 15 runs below runs/ablation/, on two CPU cores under an hour
+    python ablation.py --model fcn gcnet --seeds 1      # what is finished is not run again; what was stopped goes on
+
+mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds are those of one image in eval mode;
+images/s are what the training took in.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+from cli import Parser, run
+from layouts import InputError
+from settings import PRESETS, positive
+
+MODELS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")
+HEAD = "| model | mIoU | lowest, highest | parameters (M) | multiply-adds (G) | images/s |\n|---|--:|--:|--:|--:|--:|"
+
+
+def read_log(out, iters):
+    """The log of the run in a folder, as dicts, and its mIoU after `iters` steps, None if it has not come so far."""
+    path = out / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lines, next((line["mIoU"] for line in lines if line["iteration"] == iters and "mIoU" in line), None)
+
+
+def train(out, model, seed, iters):
+    """Runs train.py, which goes on with what the folder holds."""
+    command = [sys.executable, Path(__file__).with_name("train.py"), "--dataset", "context", "--out", out]
+    command += ["--model", model, "--seed", seed, "--iters", iters]
+    command += ["--resume"] * (out / "config.json").exists()
+    if subprocess.run([str(word) for word in command]).returncode or read_log(out, iters)[1] is None:
+        raise InputError(f"{out}: its training has stopped; to go on, repeat the command")
+
+
+def row(model, runs, iters):
+    """A model's line of the table, from the folders of its runs."""
+    logs, results = zip(*(read_log(out, iters) for out in runs), strict=True)
+    speed = statistics.median(line["images_per_second"] for lines in logs for line in lines if "loss" in line)
+    config = checkpoint.read_config(runs[0])
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        empty = checkpoint.build_model(config).eval()
+        empty(torch.empty(1, 3, *config["crop_size"]))
+    size, work = sum(p.numel() for p in empty.parameters()), counter.get_total_flops() / 2
+    mean, low, high = (100 * value for value in (statistics.mean(results), min(results), max(results)))
+    return f"| {model} | {mean:.1f} | {low:.1f}, {high:.1f} | {size / 1e6:.2f} | {work / 1e9:.3f} | {speed:.1f} |"
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model", choices=MODELS, nargs="+", default=MODELS, help="default: all five")
+    add("--seeds", type=positive, default=3, help="runs of each model, seeds 0, 1, ... (default: 3)")
+    add("--iters", type=positive, default=PRESETS["context"].iters, help="steps of a run (default: %(default)s)")
+    add("--out", default="runs/ablation", help="where the runs' folders are (default: runs/ablation)")
+    args = parser.parse_args()
+    runs = {model: [Path(args.out, f"{model}-{seed}") for seed in range(args.seeds)] for model in args.model}
+    for seed in range(args.seeds):
+        for model in args.model:
+            if read_log(runs[model][seed], args.iters)[1] is None:
+                train(runs[model][seed], model, seed, args.iters)
+    print(HEAD, *(row(model, runs[model], args.iters) for model in args.model), sep="\n")
+
+
+if __name__ == "__main__":
+    run(main)
