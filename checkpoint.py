@@ -63,18 +63,25 @@ def begin_run(folder, config, start):
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     replace(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
     log = folder / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iteration"] < start]
+    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
+
+    def keep(line):
+        try:
+            return line.endswith("}\n") and json.loads(line)["iteration"] < start
+        except (ValueError, KeyError):  # a machine that went down may leave anything
+            return False
+
+    kept = filter(keep, lines)
     replace(log, lambda file: file.write("".join(kept).encode()))
 
 
 def read_config(folder):
     """The config of the run in a folder."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        return dict(json.loads((folder / "config.json").read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder}: holds no run to go on with; --out names the folder of one") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: is damaged ({error})") from None
 
 
@@ -119,6 +126,9 @@ def load_weights(module, weights, source):
     except RuntimeError as error:
         first = str(error).splitlines()[1].split(",")[0].strip()
         raise InputError(f"{source}: does not fit the model ({first})") from None
+    for name, value in module.state_dict().items():
+        if not value.isfinite().all():
+            raise InputError(f"{source}: {name} holds values that are not finite; use an earlier checkpoint")
 
 
 def load_model(source):

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -62,23 +63,28 @@ def end(status):
 
 def run(main):
     """Calls main(). What its user can mend is one line on stderr and exit status 2, not a traceback."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter of a class's name ends no run
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError, RuntimeError) as error:
-        message = str(error)
+    except Exception as error:
+        message = str(error) or type(error).__name__
         if isinstance(error, InputError):
             # What a data-loading worker raises arrives with its traceback as text; the message is the end of it.
             message = message.rpartition("InputError: ")[2]
-        elif "out of memory" in message or "can't allocate memory" in message:
-            message = "out of memory; lower --batch-size or --crop-size, or try --amp bf16"
-        elif "DataLoader worker" in message:
+        elif isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
+            message = "out of memory; to train, lower --batch-size or --crop-size, or try --amp bf16; "
+            message += "to evaluate, leave out --aug, or make the images smaller"
+        elif "DataLoader worker (pid" in message or isinstance(error, (EOFError, ConnectionError)):
             message = f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
         elif dist.is_initialized() and "peer" in message:
             end(1)  # another process has failed: the message is its own
+        elif isinstance(error, (FileExistsError, NotADirectoryError)):
+            message = f"{error.filename}: a file stands where a folder must be; move it, or name another folder"
         elif not isinstance(error, OSError):
-            raise
+            traceback.print_exc()
+            end(1)  # an orderly exit would wait for workers that wait for work
         if os.environ.get("RANK", "0") != "0":  # what all processes meet, the first one says: torchrun ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)

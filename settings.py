@@ -76,7 +76,7 @@ def parse(description):
         given["data_root"] = str(Path(given["data_root"]).expanduser().resolve())
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
         resume = (out / "config.json").exists()
-    saved = checkpoint.read_config(out) if resume else {}
+    saved = read_settings(out, parser) if resume else {}
     if not resume and (out / "last.pt").exists():
         raise InputError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
     defaults = {
@@ -108,9 +108,21 @@ def parse(description):
         raise InputError("--batch-size 1 with --crop-size 8 8 or less: BatchNorm needs more than one value per channel")
     if "init" in given and "pretrained" in given:
         raise InputError("--init and --pretrained: a run starts from one of them")
-    if not resume:
-        config["stride"] = preset.stride and [min(preset.stride[0], height), min(preset.stride[1], width)]
+    config.setdefault("stride", preset.stride and [min(preset.stride[0], height), min(preset.stride[1], width)])
     return config, out, resume
+
+
+def read_settings(out, parser):
+    """The config of the run to go on with; what its file says, edited or not, has to pass the parser."""
+    saved, words = checkpoint.read_config(out), []
+    for name, value in saved.items():
+        if value is not None and value is not False:
+            words.append("--" + name.replace("_", "-"))
+            words += value if isinstance(value, list) else [] if value is True else [value]
+    try:
+        return saved | vars(parser.parse_known_args(map(str, words))[0])
+    except InputError as error:
+        raise InputError(f"{out / 'config.json'}: {error}") from None
 
 
 def complete(config, out, train_data, val_data, world):

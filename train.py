@@ -105,6 +105,11 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
     start, best_miou = 0, -1.0
     if state:
+        missing = {"optimizer", "scaler", "iteration", "best_miou"} - state.keys()
+        if missing or state["iteration"] > iters:
+            raise InputError(
+                f"{out / 'last.pt'}: is no state of a run of {iters} steps; --init takes its weights alone"
+            )
         checkpoint.load_weights(model, state["model"], out / "last.pt")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
