@@ -5,8 +5,10 @@
     python attention.py runs/A/best.pt runs/B/best.pt photos/ --html
     python attention.py runs/A/best.pt --statistics               # does attention depend on the query?
 
-Writes OUT/NAME.png of each image: a row for each block, a panel for each query point, as in figure 1 of GCNet. --html
-writes OUT/attention.html too, a page of one file, where the pointer is the query.
+Writes OUT/NAME.png for each image: a row for each block, a panel for each query point, as in figure 1 of GCNet. --html
+writes OUT/attention.html too, a page of one file, where the pointer is the query. --statistics prints mean cosine
+distances like table 1 of GCNet. Where attention's is 0, it does not depend on the query: by design in GC, and in a
+non-local block also early in training, when all its weights are still alike.
 
     block        position i weighs            by
     Non-local    all positions j              softmax_j(theta(x_i) . phi(x_j))
@@ -192,8 +194,8 @@ def picture(image, points, blocks, tile=224, gap=8):
         maps, brightest = levels(maps)
         pen.text((gap, top), "0", INK, font)
         canvas.paste(heat(np.arange(256)[None]).resize((100, 14)), (gap + 14, top + 2))
-        text = f"{brightest}      distance between these maps: {cosine_distance([weights]):.3f} (0: alike)      {title}"
-        pen.text((gap + 120, top), text, INK, font)
+        distance = f"distance between the queries' weights: {cosine_distance([weights]):.3f} (0: alike)"
+        pen.text((gap + 120, top), f"{brightest}      {distance}      {title}", INK, font)
         show(image, gap, top + 24, range(len(points)))
         for i, panel in enumerate(maps):
             panel = heat(panel).resize((width, height), Image.Resampling.NEAREST)

@@ -156,6 +156,13 @@ def test_pictures_and_page(page):
     assert len(nonlocal_net["to_mean"]) == 240 and float(nonlocal_net["distance"]) > 0 == float(gcnet["distance"])
 
 
+def test_images_of_the_data_set(models, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["attention.py", str(models["gcnet"]), "--data-root", str(folder), "--out", "to"])
+    attention.main()
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["val0.png", "val1.png", "val2.png"]
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium (Debian: apt-get install chromium)")
 def test_the_page_in_a_browser(page, tmp_path):
     def outputs(file, address=""):
@@ -166,7 +173,13 @@ def test_the_page_in_a_browser(page, tmp_path):
 
     first, second = outputs(page, "#query=1,4,4"), outputs(page, "#query=1,150,90")
     assert first[0] == "Query: x 4, y 4 of 160 x 96" and second[0] == "Query: x 150, y 90 of 160 x 96"
-    assert first[1] != second[1] and first[2] == second[2] and "brightest near" in first[2]
+    block = json.loads(re.search("const DATA = (.*);\n", page.read_text())[1])["images"][0]["blocks"][0]
+    maps = np.frombuffer(base64.b64decode(block["levels"]), np.uint8).reshape(240, 240)  # on grids of 12 x 20
+    for outputs_of, query in ((first, 0), (second, 11 * 20 + 18)):
+        row, column = divmod(maps[query].argmax(), 20)
+        assert f"brightest near x {8 * column + 4}, y {8 * row + 4};" in outputs_of[1]
+        assert outputs_of[1].endswith(block["to_mean"][query])
+    assert maps[0].argmax() != maps[-2].argmax() and first[2] == second[2]
     # A key press, as a user's: the query starts in the middle, and a step is a 24th of the longer side.
     pressed = page.with_name("pressed.html")
     key = 'document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }))'
