@@ -1,0 +1,312 @@
+"""Where does a pixel look? A context block's attention as pictures, as a page to explore, and in GCNet's numbers.
+
+    python attention.py                                           # the newest run, on images of its own data set
+    python attention.py runs/A/best.pt photo.jpg --query 320 200  # the query of your choice, in pixels
+    python attention.py runs/A/best.pt runs/B/best.pt photos/ --html
+    python attention.py runs/A/best.pt --statistics               # does attention depend on the query?
+
+Writes OUT/NAME.png for each image: a row for each block, a panel for each query point, as in figure 1 of GCNet. --html
+writes OUT/attention.html too, a page of one file, where the pointer is the query. --statistics prints mean cosine
+distances like table 1 of GCNet. Where attention's is 0, it does not depend on the query: by design in GC, and in a
+non-local block also early in training, when all its weights are still alike.
+
+    block        position i weighs            by
+    Non-local    all positions j              softmax_j(theta(x_i) . phi(x_j))
+    SNL, GC      all positions j              softmax_j(W_k x_j), whatever i is
+    AFNB, APNB   110 samples s (ANN)          softmax_s(query_i . key_s), shown on the positions that s averages
+"""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import checkpoint
+import zoo
+from ann import AsymmetricNonLocalBlock
+from cli import Parser, run, start_process, whole_number
+from data import InputError, SegmentationData, read_image
+from evaluate import scores
+from nonlocal_net import NonLocalBlock
+from pictures import INK, PAPER
+from predict import find_images
+from settings import PRESETS
+
+BLOCKS = {  # by their names below decode_head
+    "nl_block": "non-local block",
+    "snl_block": "SNL block (one map for all queries)",
+    "gc_block": "GC block (one map for all queries)",
+    "fusion.stages.0": "AFNB (110 samples)",
+    "context.stages.0": "APNB (110 samples)",
+}
+PUBLISHED = {  # GCNet, table 1, embedded Gaussian: input, attention, output
+    "COCO": (0.401, 0.020, 0.012),
+    "ImageNet": (0.358, 0.004, 0.003),
+    "Kinetics": (0.301, 0.115, 0.074),
+    "Cityscapes": (0.315, 0.383, 0.354),
+}
+POINTS = [(x / 6, y / 4) for y in (1, 3) for x in (1, 3, 5)]  # of the width and the height
+SIDE = 24  # of the page's grid of queries
+RAMP = ((20, 10, 50), (110, 25, 110), (205, 60, 75), (250, 150, 40), (255, 250, 160))  # from no weight to the most
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+class Seen(NamedTuple):
+    """What a context block did with one image: its attention (HW, S) is softmax(query @ key.T)."""
+
+    title: str
+    pooled: bool  # S is ANN's 110, else HW
+    query: torch.Tensor  # float (HW, channels)
+    key: torch.Tensor  # float (S, channels)
+    input: torch.Tensor  # float (C, H, W)
+    output: torch.Tensor  # float (C, H, W), before it is added to the input or, in ANN, concatenated
+
+
+def query_and_key(block, x, y=None):
+    """The two of Seen, of a block's inputs (1, C, H, W): one, or ANN's two."""
+    if isinstance(block, AsymmetricNonLocalBlock):
+        query, key = block.query_project(x), block.pool(block.key_project(y))
+        query = query * key.shape[1] ** -0.5
+    elif not isinstance(block, NonLocalBlock):  # GC and SNL: one logit for each position
+        key = block.conv_mask(x)
+        query = torch.ones_like(key)
+    elif block.mode == "embedded_gaussian":
+        query, key = block.theta(x), block.phi(x)
+        query = query * key.shape[1] ** -0.5
+    elif block.mode == "gaussian":
+        query = key = x
+    else:
+        raise InputError(f"mode {block.mode}: its weights are no softmax, and may be negative; they are not shown")
+    return query[0].flatten(1).T, key[0].flatten(1).T
+
+
+@torch.inference_mode()
+def observe(model, image, config):
+    """A list of Seen, one for each context block, and for each window if the config says so; the arguments are those
+    of evaluate.scores, which also prepares the image."""
+    seen, hooks = [], []
+    for name, block in model.decode_head.named_modules():
+        if name in BLOCKS:
+
+            def look(block, inputs, output, title=BLOCKS[name]):
+                pooled = isinstance(block, AsymmetricNonLocalBlock)
+                added = output if pooled else output - inputs[0]
+                seen.append(Seen(title, pooled, *query_and_key(block, *inputs), inputs[0][0], added[0]))
+
+            hooks.append(block.register_forward_hook(look))
+    scores(model, image, config)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def unpool(weights, height, width):
+    """Attention to samples (Q, 110) as maps (Q, H, W) of the same sum: a sample gives its weight to what it averages.
+
+    It is the adjoint of PyramidPooling, whose averages over cells are averages over columns, then over rows.
+    """
+    maps = 0
+    for n, part in zip((1, 3, 6, 8), weights.split((1, 9, 36, 64), dim=1), strict=True):
+        rows, columns = (F.adaptive_avg_pool1d(torch.eye(side).to(weights), n) for side in (height, width))  # (side, n)
+        maps = maps + rows @ part.unflatten(1, (n, n)) @ columns.T
+    return maps
+
+
+def attention(seen, points):
+    """The attention of points (x, y), in 0..1 of the image's width and height: float (Q, S), and as maps (Q, H, W) in
+    multiples of the mean weight 1 / HW."""
+    height, width = seen.input.shape[1:]
+    weights = (seen.query[[int(y * height) * width + int(x * width) for x, y in points]] @ seen.key.T).softmax(1)
+    maps = unpool(weights, height, width) if seen.pooled else weights.unflatten(1, (height, width))
+    return weights, maps * height * width
+
+
+def cosine_distance(parts):
+    """The mean of (1 - cos(v_i, v_j)) / 2 over all pairs, i = j among them: avg_dist in section 3.2 of GCNet.
+
+    Takes the vectors as the rows of float (n, C) tensors, one tensor after another, so that they are never held at
+    once: the sum of all cosines is |sum_i v_i / |v_i||^2. Vectors of zeros have no direction, and are left out.
+    """
+    total, count = torch.zeros(()), 0
+    for part in parts:
+        vectors = part.double()[part.any(1)]
+        total = total + F.normalize(vectors, dim=1, eps=0).sum(0)
+        count += len(vectors)
+    return max(0.5 - total.square().sum().item() / (2 * count**2), 0.0) if count else float("nan")
+
+
+def statistics(model, data, config):
+    """{block: float64 (3,)}: the cosine distances of its inputs, attention and outputs, averaged over a data set's
+    images (over windows, if the checkpoint is evaluated in windows)."""
+    distances = {}
+    for i in tqdm(range(len(data)), leave=False, dynamic_ncols=True):
+        for seen in observe(model, data[i][0], config):
+            rows = ((part @ seen.key.T).softmax(1) for part in seen.query.split(256))
+            kinds = ([seen.input.flatten(1).T], rows, [seen.output.flatten(1).T])
+            distances.setdefault(seen.title, []).append([cosine_distance(kind) for kind in kinds])
+    return {title: np.mean(values, axis=0) for title, values in distances.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def levels(maps):
+    """uint8 maps, 255 for the weight that one position in 200 exceeds, and that weight as text; from twice the mean
+    upwards, so that attention to everything alike is neither dark nor bright."""
+    brightest = maps.flatten().cpu().quantile(0.995).clamp(min=2)
+    return (maps.cpu() / brightest * 255).clamp(max=255).byte().numpy(), f"{brightest:.3g} x the mean weight"
+
+
+def heat(levels):
+    """uint8 RGB image of uint8 (H, W), along RAMP."""
+    stops = np.linspace(0, 255, len(RAMP))
+    return Image.fromarray(np.stack([np.interp(levels, stops, c) for c in np.transpose(RAMP)], -1).astype(np.uint8))
+
+
+def picture(image, points, blocks, tile=224, gap=8):
+    """A row for each (title, Seen) in blocks: the image with the query points, and a panel for each of these."""
+    image, font = Image.fromarray(image.numpy()), ImageFont.load_default(14)
+    width, height = (max(round(side * tile / max(image.size)), 1) for side in image.size)
+    image = image.resize((width, height))
+    grey = image.convert("L").convert("RGB")
+    step = height + 24 + gap
+    canvas = Image.new("RGB", (max((len(points) + 1) * (width + gap) + gap, 960), len(blocks) * step + gap), PAPER)
+    pen = ImageDraw.Draw(canvas)
+
+    def show(panel, left, top, numbers):
+        canvas.paste(panel, (left, top))
+        for i in numbers:
+            x, y = left + points[i][0] * width, top + points[i][1] * height
+            pen.ellipse((x - 8, y - 8, x + 8, y + 8), PAPER, INK, 2)
+            pen.text((x, y), str(i + 1), INK, font, anchor="mm")
+
+    for top, (title, seen) in zip(range(gap, canvas.height, step), blocks, strict=False):
+        weights, maps = attention(seen, points)
+        maps, brightest = levels(maps)
+        pen.text((gap, top), "0", INK, font)
+        canvas.paste(heat(np.arange(256)[None]).resize((100, 14)), (gap + 14, top + 2))
+        distance = f"distance between the queries' weights: {cosine_distance([weights]):.3f} (0: alike)"
+        pen.text((gap + 120, top), f"{brightest}      {distance}      {title}", INK, font)
+        show(image, gap, top + 24, range(len(points)))
+        for i, panel in enumerate(maps):
+            panel = heat(panel).resize((width, height), Image.Resampling.NEAREST)
+            show(Image.blend(grey, panel, 0.75), gap + (i + 1) * (width + gap), top + 24, [i])
+    return canvas
+
+
+def explorable(name, image, blocks):
+    """What attention.html shows of an image and the (title, Seen) in blocks: the attention of at most SIDE x SIDE
+    queries to as many places."""
+    image, jpeg = Image.fromarray(image.numpy()), io.BytesIO()
+    size = image.size
+    image.thumbnail((640, 640))
+    image.save(jpeg, "JPEG", quality=85)
+    shown = []
+    for title, seen in blocks:
+        full = seen.input.shape[1:]
+        rows, columns = keys = [max(round(side * min(SIDE / max(full), 1)), 1) for side in full]
+        if seen.query.shape[1] == 1:  # GC and SNL
+            rows = columns = 1
+        points = [((x + 0.5) / columns, (y + 0.5) / rows) for y in range(rows) for x in range(columns)]
+        weights, maps = attention(seen, points)
+        maps, brightest = levels(F.adaptive_avg_pool2d(maps, keys))
+        to_mean = (1 - F.cosine_similarity(weights, weights.mean(0, keepdim=True))) / 2
+        entry = {"title": title, "queries": [rows, columns], "keys": keys, "brightest": brightest}
+        entry["distance"] = f"{cosine_distance([weights]):.3f}"
+        entry["to_mean"] = [f"{distance:.3f}" for distance in to_mean.tolist()]
+        shown.append(entry | {"levels": base64.b64encode(maps.tobytes()).decode()})
+    return {"name": name, "size": size, "image": base64.b64encode(jpeg.getvalue()).decode(), "blocks": shown}
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("files", nargs="*", metavar="FILE", help="checkpoints (.pt, .pth, published names); images, folders, patterns")
+    add("--query", type=whole_number, nargs=2, action="append", metavar=("X", "Y"), help="a pixel; may be repeated")
+    add("--html", action="store_true", help="write the page as well")
+    add("--statistics", action="store_true", help="instead print mean cosine distances over a data set")
+    add("--dataset", choices=PRESETS, help="default: the one that the first checkpoint was trained on")
+    add("--data-root", help="the data set's folder; default: the one that it was trained on")
+    add("--split", default="val", help="train, val or test (default: val)")
+    add("--out", default="attention", help="the folder to write to (default: attention)")
+    args = parser.parse_args()
+
+    device, _, _ = start_process()
+    published = zoo.published()
+    sources = [name for name in args.files if name.endswith((".pt", ".pth")) or name in published]
+    files = [name for name in args.files if name not in sources]
+    if args.statistics and files:
+        raise InputError(
+            f"{files[0]}: --statistics takes checkpoints, and a data set by --dataset, --data-root, --split"
+        )
+    models = []
+    for source in sources or [checkpoint.newest_run() / "best.pt"]:
+        state = checkpoint.load(source)
+        config = state["config"]
+        if config["model"] == "fcn":
+            raise InputError(f"{source}: is an FCN, which has no context block, so no attention")
+        model = checkpoint.build_model(config)
+        checkpoint.load_weights(model, state["model"], source)
+        models.append((source, model.eval().to(device, memory_format=torch.channels_last), config))
+    if files:
+        images = [(name, path, lambda path=path: read_image(path)) for name, path in find_images(files).items()]
+    else:
+        config = models[0][2]
+        name = args.dataset or config["dataset"]
+        root = args.data_root or (config["data_root"] if name == config["dataset"] else None)
+        data = SegmentationData(name, root, args.split)
+        images = [(f"{args.split}{i}", data.files[i][0], lambda i=i: data[i][0]) for i in range(min(4, len(data)))]
+
+    if args.statistics:
+        rows = {
+            f"{title} of {source}": row
+            for source, model, config in models
+            for title, row in statistics(model, data, config).items()
+        }
+        rows |= {f"GCNet, table 1: {task}": row for task, row in PUBLISHED.items()}
+        width = max(map(len, rows))
+        print(
+            f"mean cosine distance over all pairs of positions; mean of {len(data)} images ({data.name}, {args.split})"
+        )
+        print(f"{'':<{width}}{'input':>11}{'attention':>11}{'output':>11}")
+        for title, row in rows.items():
+            print(f"{title:<{width}}" + "".join(f"{value:>11.3f}" for value in row))
+        return
+
+    out, shown = Path(args.out), []
+    for name, path, read in tqdm(images, leave=False, dynamic_ncols=True):
+        image = read()
+        height, width = image.shape[:2]
+        points = [((x + 0.5) / width, (y + 0.5) / height) for x, y in args.query or []] or POINTS
+        if max(max(point) for point in points) > 1:
+            raise InputError(f"--query: {path} is {width}x{height}; x ends at {width - 1} and y at {height - 1}")
+        blocks = [  # a model that is evaluated in windows sees the whole image here
+            (f"{seen.title} of {source}", seen)
+            for source, model, config in models
+            for seen in observe(model, image, config | {"stride": None})
+        ]
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(image, points, blocks).save(out / f"{name}.png")
+        if args.html:
+            shown.append(explorable(str(path), image, blocks))
+    if args.html:
+        values = json.dumps({"ramp": RAMP, "side": SIDE, "images": shown}).replace("<", "\\u003c")
+        page = (Path(__file__).parent / "attention.html").read_text()
+        (out / "attention.html").write_text(page.replace("DATA_HERE", values))
+    print(f"{out}/: pictures of {len(images)} images" + args.html * ", attention.html (open it in a browser)")
+
+
+if __name__ == "__main__":
+    run(main)
