@@ -33,7 +33,7 @@ import zoo
 from ann import AsymmetricNonLocalBlock
 from cli import Parser, run, start_process, whole_number
 from data import InputError, SegmentationData, read_image
-from evaluate import scores
+from evaluate import predict
 from nonlocal_net import NonLocalBlock
 from pictures import INK, PAPER
 from predict import find_images
@@ -72,7 +72,7 @@ class Seen(NamedTuple):
 
 
 def query_and_key(block, x, y=None):
-    """The two of Seen, of a block's inputs (1, C, H, W): one, or ANN's two."""
+    """The two of Seen for each of N images, of a block's inputs (N, C, H, W): one, or ANN's two."""
     if isinstance(block, AsymmetricNonLocalBlock):
         query, key = block.query_project(x), block.pool(block.key_project(y))
         query = query * key.shape[1] ** -0.5
@@ -86,13 +86,13 @@ def query_and_key(block, x, y=None):
         query = key = x
     else:
         raise InputError(f"mode {block.mode}: its weights are no softmax, and may be negative; they are not shown")
-    return query[0].flatten(1).T, key[0].flatten(1).T
+    return query.flatten(2).transpose(1, 2), key.flatten(2).transpose(1, 2)
 
 
 @torch.inference_mode()
 def observe(model, image, config):
     """A list of Seen, one for each context block, and for each window if the config says so; the arguments are those
-    of evaluate.scores, which also prepares the image."""
+    of evaluate.predict, which also prepares the image."""
     seen, hooks = [], []
     for name, block in model.decode_head.named_modules():
         if name in BLOCKS:
@@ -100,10 +100,11 @@ def observe(model, image, config):
             def look(block, inputs, output, title=BLOCKS[name]):
                 pooled = isinstance(block, AsymmetricNonLocalBlock)
                 added = output if pooled else output - inputs[0]
-                seen.append(Seen(title, pooled, *query_and_key(block, *inputs), inputs[0][0], added[0]))
+                for parts in zip(*query_and_key(block, *inputs), inputs[0], added, strict=True):
+                    seen.append(Seen(title, pooled, *parts))
 
             hooks.append(block.register_forward_hook(look))
-    scores(model, image, config)
+    predict(model, image, config)
     for hook in hooks:
         hook.remove()
     return seen
@@ -253,12 +254,9 @@ def main():
         )
     models = []
     for source in sources or [checkpoint.newest_run() / "best.pt"]:
-        state = checkpoint.load(source)
-        config = state["config"]
+        model, config = checkpoint.load_model(source)
         if config["model"] == "fcn":
             raise InputError(f"{source}: is an FCN, which has no context block, so no attention")
-        model = checkpoint.build_model(config)
-        checkpoint.load_weights(model, state["model"], source)
         models.append((source, model.eval().to(device, memory_format=torch.channels_last), config))
     if files:
         images = [(name, path, lambda path=path: read_image(path)) for name, path in find_images(files).items()]

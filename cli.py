@@ -78,6 +78,8 @@ def run(main):
             message += "to evaluate, leave out --aug, or make the images smaller"
         elif "DataLoader worker (pid" in message or isinstance(error, (EOFError, ConnectionError)):
             message = f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
+        elif "shared memory" in message:
+            message = "/dev/shm is full; lower --workers, or give the container more (docker run --shm-size=8g)"
         elif dist.is_initialized() and "peer" in message:
             end(1)  # another process has failed: the message is its own
         elif isinstance(error, (FileExistsError, NotADirectoryError)):

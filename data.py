@@ -159,8 +159,8 @@ class TrainData(Dataset):
         image, label = self.data[i]
         ratio = rng.uniform(*self.data.ratios)
         size = keep_ratio(label.shape, [int(side * ratio) or 1 for side in self.scale or label.shape])
-        # The label is resized to the nearest pixel on the image's own grid, and the crop is chosen on it; of either, only
-        # what the crop shows is resized.
+        # The label is resized to the nearest pixel on the image's own grid, and the crop is chosen on it; only what the
+        # crop shows is resized.
         rows, columns = nearest(label.shape[0], size[0]), nearest(label.shape[1], size[1])
         for _ in range(11):
             top, left = (int(rng.integers(max(side - c, 0) + 1)) for side, c in zip(size, self.crop, strict=True))

@@ -81,7 +81,9 @@ class NonLocalBlock(nn.Module):
     # sum_j f(x_i, x_j) g(x_j) / C(x) of each mode: theta, phi, g (N, HW, channels) to y (N, HW, C/2).
 
     def gaussian(self, theta, phi, g):
-        return attend(theta, phi, g, scale=1.0)
+        # Values of as many channels as x, or the attention would fall back to the kernel that holds all (HW)^2 weights.
+        values = F.pad(g, (0, theta.shape[2] - g.shape[2]))                 # (N, HW, C)
+        return attend(theta, phi, values, scale=1.0)[..., : g.shape[2]]
 
     def embedded_gaussian(self, theta, phi, g):
         return attend(theta, phi, g, scale=theta.shape[2] ** -0.5)

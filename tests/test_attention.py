@@ -72,7 +72,8 @@ def test_the_maps_reproduce_the_output(block):
     x, y = torch.randn(1, 16, 11, 10), torch.randn(1, 12, 11, 10)  # 110 positions, but not ANN's samples
     pooled = isinstance(block, AsymmetricNonLocalBlock)
     inputs = (x, y) if pooled else (x,)
-    seen = attention.Seen("", pooled, *attention.query_and_key(block.eval(), *inputs), x[0], None)
+    (query,), (key,) = attention.query_and_key(block.eval(), *inputs)
+    seen = attention.Seen("", pooled, query, key, x[0], None)
     points = [((i + 0.5) / 10, (j + 0.5) / 11) for j in range(11) for i in range(10)]
     weights, maps = attention.attention(seen, points)
     assert weights.shape == (110, 110) and maps.shape == (110, 11, 10)
@@ -112,18 +113,22 @@ def test_statistics(models, folder, run_script):
     )  # its last weights start at zero, and so do its outputs
 
     # The same, but of the N x N pairs of one image.
-    state = checkpoint.load(models["nonlocal_net"])
-    model = checkpoint.build_model(state["config"]).eval()
-    model.load_state_dict(state["model"])
+    model, config = checkpoint.load_model(models["nonlocal_net"])
+    model.eval()
     image = torch.randint(256, (40, 48, 3), generator=torch.manual_seed(0)).byte()
-    (seen,) = attention.observe(model, image, state["config"])
+    (seen,) = attention.observe(model, image, config)
     block = model.decode_head.nl_block
     torch.testing.assert_close(seen.output, (block(seen.input[None]) - seen.input)[0])
     kinds = (seen.input.flatten(1).T, (seen.query @ seen.key.T).softmax(1), seen.output.flatten(1).T)
     unit = [kind.double() / kind.double().norm(dim=1, keepdim=True) for kind in kinds]
     expected = [((1 - u @ u.T) / 2).mean().item() for u in unit]
     data = [(image, None)]
-    assert attention.statistics(model, data, state["config"])["non-local block"] == pytest.approx(expected, abs=1e-6)
+    assert attention.statistics(model, data, config)["non-local block"] == pytest.approx(expected, abs=1e-6)
+    # In windows: those go through the network together, and each is an image of its own.
+    windows = attention.observe(model, image, config | {"crop_size": [32, 32], "stride": [8, 16]})
+    assert [len(seen.query) for seen in windows] == [16] * 4
+    (alone,) = attention.observe(model, image[8:40, 16:48], config)
+    torch.testing.assert_close(windows[3].output, alone.output)
 
 
 @pytest.fixture

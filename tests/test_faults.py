@@ -1,0 +1,156 @@
+"""Faults of the machine, the files and the user, on the real commands: one clear line, none hangs, nothing is lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder
+from PIL import Image
+from test_commands import SMALL, one_line, train_arguments
+from test_long_runs import start
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a data set `own` and a run `run` on it, interrupted after a few of its 2000 steps."""
+    place = tmp_path_factory.mktemp("trained")
+    process = running(place, make_folder(place))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    return place
+
+
+def running(place, folder):
+    """A training process that is past its first steps."""
+    process = start(train_arguments(folder, "run", 2000), place)
+    log = place / "run/log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    return process
+
+
+@pytest.fixture
+def own(trained, tmp_path):
+    """A copy of it to spoil."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_a_worker_that_dies(folder, tmp_path):
+    process = running(tmp_path, folder)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("train.py: error: a data-loading worker died") and "lower --workers" in message
+
+
+def test_a_file_that_vanishes(folder, tmp_path):
+    process = running(tmp_path, folder)
+    (folder / "images/train/scene3.png").unlink()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in err
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("train.py: error: ") and "train/scene3.png: cannot be read" in message
+
+
+def test_any_mode_and_any_size(folder, run_script):
+    place = folder / "images/train"
+    for mode, name in (("L", "scene1.png"), ("RGBA", "scene2.png"), ("P", "scene3.png"), ("CMYK", "scene4.jpg")):
+        image = Image.open(place / f"{name[:6]}.png").convert(mode)
+        (place / f"{name[:6]}.png").unlink()
+        image.save(place / name)
+    grey = np.asarray(Image.open(place / "scene5.png").convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 256).save(place / "scene5.png")
+    for split in ("train", "val"):
+        Image.new("RGB", (1, 1)).save(folder / f"images/{split}/tiny.png")
+        Image.new("L", (1, 1)).save(folder / f"annotations/{split}/tiny.png")
+    run_script(*train_arguments(folder, "run", 4), "--crop-size", 48, 64)  # larger than any image
+    assert "mIoU" in run_script("evaluate.py", "run/best.pt", "--aug").stdout
+
+
+def edit(path, **values):
+    state = torch.load(path, weights_only=True)
+    for name, value in values.items():
+        state["model"][name] = value
+    torch.save(state, path)
+
+
+FAULTS = {  # what is done to a copy of the trained folder, the command, words of its message
+    "resume, other depth": (None, "train.py --resume --out run --depth 50", ["--depth 50", "has 18"]),
+    "init, other depth": (
+        None,
+        "train.py --dataset folder --data-root own --depth 34 --init run/last.pt",
+        ["run/last.pt: does not fit the model", "layer"],
+    ),
+    "out is a file": (lambda own: (own / "file").touch(), "train.py --out file", ["file", "a folder must be"]),
+    "out cannot be made": (None, "train.py --out /proc/run", ["/proc/run"]),
+    "save is a file": (lambda own: (own / "file").touch(), "evaluate.py run/last.pt --save file", ["file: a file"]),
+    "config damaged": (
+        lambda own: (own / "run/config.json").write_text("{"),
+        "train.py --resume --out run",
+        ["run/config.json: is damaged"],
+    ),
+    "config edited": (
+        lambda own: (own / "run/config.json").write_text('{"iters": "many"}'),
+        "train.py --resume --out run",
+        ["run/config.json: argument --iters"],
+    ),
+    "not finite": (
+        lambda own: edit(own / "run/last.pt", **{"decode_head.conv_seg.bias": torch.tensor([0, np.nan, 0])}),
+        "evaluate.py run/last.pt",
+        ["run/last.pt: decode_head.conv_seg.bias holds values that are not finite"],
+    ),
+    "cut short": (
+        lambda own: os.truncate(own / "run/last.pt", 10**6),
+        "train.py --resume --out run",
+        ["run/last.pt: is no checkpoint, or damaged"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(FAULTS))
+def test_a_fault_is_one_line(what, own, run_script):
+    spoil, command, words = FAULTS[what]
+    if spoil:
+        spoil(own)
+    before = {path: path.stat().st_mtime_ns for path in (own / "run").iterdir()}
+    one_line(run_script(*command.split(), status=2), command.split()[0], words)
+    assert {path: path.stat().st_mtime_ns for path in (own / "run").iterdir()} == before
+
+
+def test_a_damaged_log_does_not_stop_a_run(own, run_script):
+    with open(own / "run/log.jsonl", "ab") as file:
+        file.write(b'{"iteration": 1}\n\0\0\xff\n[1]}\n{"iter')
+    process = start(["train.py", "--resume", "--out", "run"], own)
+    while process.poll() is None and b"\0" in (own / "run/log.jsonl").read_bytes():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1].count("Traceback") == 0 and process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (
+            "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')",
+            2,
+            "lower --batch-size or --crop-size",
+        ),
+        ("RuntimeError('unable to allocate shared memory(shm) for file </torch_1>')", 2, "/dev/shm is full"),
+        ("ValueError('a mistake of ours')", 1, "a mistake of ours"),  # its traceback is wanted, but no waiting
+    ],
+    ids=["memory", "shm", "ours"],
+)
+def test_an_error_in_the_step_ends_at_once(error, status, words, folder, tmp_path):
+    code = f"import torch, train, cli\ndef step(*a): raise {error}\ntrain.training_step = step\ncli.run(train.main)"
+    process = start(["-c", code, "--dataset", "folder", "--data-root", folder, *SMALL, "--workers", 2], tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status and words in err.splitlines()[-1]
+    assert ("Traceback" in err) == (status == 1)
