@@ -70,8 +70,8 @@ def run(main):
         sys.exit(130)
     except Exception as error:
         message = str(error) or type(error).__name__
+        # What a data-loading worker raises arrives with its traceback as text; the message is the end of it.
         if isinstance(error, InputError):
-            # What a data-loading worker raises arrives with its traceback as text; the message is the end of it.
             message = message.rpartition("InputError: ")[2]
         elif isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
             message = "out of memory; to train, lower --batch-size or --crop-size, or try --amp bf16; "
@@ -84,7 +84,9 @@ def run(main):
             end(1)  # another process has failed: the message is its own
         elif isinstance(error, (FileExistsError, NotADirectoryError)):
             message = f"{error.filename}: a file stands where a folder must be; move it, or name another folder"
-        elif not isinstance(error, OSError):
+        elif isinstance(error, OSError):
+            message = message.splitlines()[-1]
+        else:
             traceback.print_exc()
             end(1)  # an orderly exit would wait for workers that wait for work
         if os.environ.get("RANK", "0") != "0":  # what all processes meet, the first one says: torchrun ends the others

@@ -4,6 +4,7 @@ Images are uint8 RGB (H, W, 3), labels uint8 (H, W): the class, or 255 (VOID) wh
 width), but a scale is (long side, short side), as the published recipes name it.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -37,12 +38,20 @@ def open_image(path, read):
 
 def read_image(path):
     """uint8 RGB (H, W, 3) of an image file in any mode, turned as its EXIF orientation says."""
-    image = open_image(path, ImageOps.exif_transpose)
+
+    def upright(file):
+        ImageOps.exif_transpose(file, in_place=True)
+        file.load()
+        return file
+
+    image = open_image(path, upright)
     if image.mode == "P":  # its transparency would not go into RGB
         image = image.convert("RGBA")
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB")))
+    if image.mode != "RGB":  # or convert would copy it
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image))
 
 
 def read_label(path, table):
@@ -52,7 +61,7 @@ def read_label(path, table):
         raise InputError(
             f"{path}: a label must be an 8-bit grey or palette PNG of class indices; this is {kind} {mode}"
         )
-    label = table[values]
+    label = table.take(values)
     if (label == INVALID).any():
         value, allowed = values[label == INVALID][0], np.flatnonzero(table != INVALID)[[0, -2]]
         raise InputError(f"{path}: holds the value {value}; labels are {allowed[0]} to {allowed[1]}, and 255 for void")
@@ -104,12 +113,22 @@ class SegmentationData(Dataset):
         key = hashlib.sha256(f"{self.name} {path.resolve()} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()
         kept = Path(self.cache, f"{key}.npy")
         if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(f".{os.getpid()}.partial")
-            with open(partial, "wb") as file:
-                np.save(file, decode(path, *arguments).numpy())
-            os.replace(partial, kept)
-        return torch.from_numpy(np.load(kept, mmap_mode="c"))
+            array, partial = decode(path, *arguments).numpy(), kept.with_suffix(f".{os.getpid()}.partial")
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with open(partial, "wb") as file:
+                    np.save(file, array)
+                os.replace(partial, kept)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    partial.unlink()
+                raise InputError(
+                    f"--cache {self.cache}: cannot be written to ({error}); it needs room for all images, decoded"
+                ) from None
+        try:
+            return torch.from_numpy(np.load(kept, mmap_mode="c"))
+        except (EOFError, ValueError):
+            raise InputError(f"{kept}: is damaged; delete it, it is made again") from None
 
 
 # -------------------------------------------------------------------------------------------------------- transforms
@@ -164,9 +183,10 @@ class TrainData(Dataset):
         rows, columns = nearest(label.shape[0], size[0]), nearest(label.shape[1], size[1])
         for _ in range(11):
             top, left = (int(rng.integers(max(side - c, 0) + 1)) for side, c in zip(size, self.crop, strict=True))
-            crop = label[rows[top : top + self.crop[0]]][:, columns[left : left + self.crop[1]]]
-            counts = np.bincount(crop.flatten(), minlength=256)[:VOID]
-            if np.count_nonzero(counts) > 1 and counts.max() < 0.75 * counts.sum():
+            below, right = top + self.crop[0], left + self.crop[1]
+            crop = torch.from_numpy(label.numpy().take(rows[top:below], 0).take(columns[left:right], 1))
+            counts = torch.bincount(crop.flatten(), minlength=256)[:VOID]
+            if counts.count_nonzero() > 1 and counts.max() < 0.75 * counts.sum():
                 break
         image = resize(image, size, (top, left, *crop.shape))
         if rng.random() < 0.5:
@@ -183,7 +203,7 @@ class TrainData(Dataset):
 
 def nearest(old, new):
     """int64 (new,): the pixel out of `old` nearest to each of `new`, on the grid of `resize`."""
-    return ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
+    return ((np.arange(new) + 0.5) * (old / new)).astype(int).clip(max=old - 1)
 
 
 def draw_colour(rng):

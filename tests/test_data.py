@@ -1,12 +1,17 @@
 """Files to batches: OpenCV's pixels, aligned labels, the crop's rule, and randomness that depends on nothing else."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 import reference
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from data import MEAN, STD, VOID, Batches, SegmentationData, TrainData, distort, keep_ratio, nearest, resize, to_device
+from layouts import InputError
 
 OPENCV = reference.arrays("opencv")
 IMAGE = torch.tensor(reference.arrays("inputs")["image"])
@@ -128,3 +133,38 @@ def test_batches_depend_on_seed_and_position_only(data):
 def test_resize_works_where_its_image_is():
     """On an accelerator too; the meta device stands in for one."""
     assert resize(torch.empty(40, 30, 3, dtype=torch.uint8, device="meta"), (20, 15)).device.type == "meta"
+
+
+def test_the_cache_gives_what_was_read(folder, tmp_path):
+    plain, cached = (SegmentationData("folder", folder, "train", cache) for cache in (None, tmp_path / "cache"))
+    for _ in range(2):
+        for i in range(len(plain)):
+            assert all(one.equal(two) for one, two in zip(plain[i], cached[i], strict=True))
+        assert len(list((tmp_path / "cache").iterdir())) == 2 * len(plain)
+    path = plain.files[0][0]
+    Image.new("RGB", (48, 40), (1, 2, 3)).save(path)  # a file that changes is read again, though its name stays
+    assert cached[0][0].equal(plain[0][0]) and cached[0][0][0, 0].tolist() == [1, 2, 3]
+    cached[1][0].zero_()  # whoever writes into an image writes into a copy
+    assert cached[1][0].equal(plain[1][0])
+
+
+@pytest.mark.parametrize(
+    "fault, words", [("a file", "cannot be written to"), ("damaged", "delete it"), ("full", "needs room")]
+)
+def test_a_cache_that_fails_says_so(fault, words, folder, tmp_path):
+    cache = tmp_path / "cache"
+    data, limits = SegmentationData("folder", folder, "train", cache), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fault == "a file":
+        cache.touch()
+    elif fault == "damaged":
+        data[0]
+        for file in cache.iterdir():
+            os.truncate(file, 150)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    with pytest.raises(InputError, match=words):
+        try:
+            data[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert fault != "full" or not list(cache.iterdir())
