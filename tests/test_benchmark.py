@@ -1,0 +1,80 @@
+"""benchmark.py: every task runs, and what it reports is what it measured."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import benchmark
+
+SMALL = ["--depth", "18", "--size", "40", "56", "--classes", "5", "--warmup", "0", "--repeat", "1", "--json"]
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+        benchmark.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["infer", "--model", "ann", "--batch", "2", "--amp", "bf16"],
+        ["infer", "--model", "nonlocal_net", "--slide", "32", "32", "16", "16", "--align-corners"],
+        ["train", "--model", "gcnet", "--batch", "2", "--amp", "bf16"],
+        ["aug", "--model", "fcn"],
+    ],
+    ids=" ".join,
+)
+def test_a_task_reports_its_rate(arguments, bench, monkeypatch):
+    monkeypatch.setattr("evaluate.RATIOS", (0.5,))
+    result = json.loads(bench(*arguments, *SMALL))
+    images = int(arguments[arguments.index("--batch") + 1]) if "--batch" in arguments else 1
+    assert result["images_per_second"] == pytest.approx(images / result["seconds"])
+    assert (result["task"], result["model"]) == (arguments[0], arguments[2]) and result["peak_memory_gb"] > 0.1
+
+
+@pytest.mark.parametrize("cache", [[], ["--cache"]], ids=["files", "cache"])
+def test_data_makes_samples(cache, bench):
+    threads = torch.get_num_threads()
+    result = json.loads(bench("data", *cache, *SMALL))
+    torch.set_num_threads(threads)
+    assert result["images_per_second"] == pytest.approx(4 / result["seconds"])
+
+
+def test_table(bench, monkeypatch):
+    known = {"fps": 23.38, "memory_gb": 8.5}
+    names = ("gcnet_r50-d8_512x512_80k_ade20k", "gcnet_r50-d8_512x512_160k_ade20k")
+    monkeypatch.setattr(benchmark.zoo, "published", lambda: dict.fromkeys(names, known))
+    monkeypatch.setitem(benchmark.TEST_SIZES, "ade20k", (64, 64))
+    lines = bench("table", "--warmup", "0", "--repeat", "1").splitlines()
+    (row,) = (line for line in lines if "R-50" in line)  # the longer schedule is the same model
+    name, setting, parameters, multiply_adds, fps, memory, training, *published = row.strip("| ").split(" | ")
+    with torch.device("meta"):
+        model = benchmark.checkpoint.MODELS["gcnet"](150)
+    assert (name, setting, published) == ("gcnet R-50", "ade20k", ["23.38", "8.5"])
+    assert parameters == f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
+    assert float(fps) > 0 and float(memory) > 0.2 and 2 < float(multiply_adds) < 4
+
+
+def test_multiply_adds_are_those_of_every_window():
+    with torch.device("meta"):
+        model, images = benchmark.checkpoint.MODELS["fcn"](3, depth=18).eval(), torch.empty(1, 3, 64, 96)
+        whole = benchmark.multiply_adds(model, images)
+        windows = benchmark.multiply_adds(model, images, (64, 64), (64, 32))
+        conv = benchmark.multiply_adds(torch.nn.Conv2d(3, 8, 3), torch.empty(1, 3, 12, 12))
+    assert windows == pytest.approx(whole * 4 / 3) and conv == 3 * 8 * 9 * 10 * 10
+
+
+def test_grow(bench, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(benchmark, "SIDES", (8, 64))
+    lines = bench("grow", "--out", str(tmp_path / "growth.svg"), "--repeat", "1").splitlines()
+    assert (tmp_path / "growth.svg").read_text().count("ANN") and len(lines) == 8
+    (megabytes,) = (float(line.split()[-1]) for line in lines if line.split()[:2] == ["NL", "4096"])
+    assert 4 < megabytes < 60  # the map of all pairs would take 64
