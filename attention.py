@@ -104,7 +104,7 @@ def observe(model, image, config):
                     seen.append(Seen(title, pooled, *parts))
 
             hooks.append(block.register_forward_hook(look))
-    predict(model, image, config)
+    predict(model, image[None], config)
     for hook in hooks:
         hook.remove()
     return seen

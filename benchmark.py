@@ -106,10 +106,11 @@ def smooth_image(height, width, seed=0):
 
 
 def infer(args):
-    """evaluate.py's way from an image to its label map."""
+    """evaluate.py's way from images of one size to their label maps."""
     model, config = build(args)
-    model, image = for_inference(model, DEVICE, args.amp, args.compile), smooth_image(*args.size)
-    return timed(lambda: [predict(model, image, config, args.task == "aug") for _ in range(args.batch)], args)
+    model, images = for_inference(model, DEVICE, args.amp, args.compile), smooth_image(*args.size)[None]
+    images = images.expand(args.batch, -1, -1, -1)
+    return timed(lambda: predict(model, images, config, args.task == "aug"), args)
 
 
 def train(args):

@@ -124,23 +124,23 @@ def multi_scale_flip(model, image, scale, ratios=RATIOS, crop_size=None, stride=
 
 
 @torch.inference_mode()
-def scores_by_rows(model, image, config, aug=False):
-    """Yields (rows, scores (K, some rows, W)) of one uint8 RGB image (H, W, 3) as a checkpoint's config says: logits,
-    or with aug the mean probabilities. A pixel's class has the largest."""
-    device, size = next(model.parameters()).device, tuple(image.shape[:2])
+def scores_by_rows(model, images, config, aug=False):
+    """Yields (rows, scores (N, K, some rows, W)) of uint8 RGB images (N, H, W, 3) as a checkpoint's config says: the
+    logits, or with aug the mean probabilities. A pixel's class has the largest."""
+    size = tuple(images.shape[1:3])
     scale, window = config["scale"] or size, (config["crop_size"], config["stride"])
     if aug:
-        yield slice(None), multi_scale_flip(model, image, scale, RATIOS, *window)
+        yield slice(None), torch.stack([multi_scale_flip(model, image, scale, RATIOS, *window) for image in images])
         return
-    view = resize(torch.as_tensor(image, device=device), keep_ratio(size, scale))
-    for rows, (logits,) in logits_by_rows(model, normalise(view.permute(2, 0, 1)[None]), size, *window):
-        yield rows, logits
+    images = images.to(next(model.parameters()).device)
+    views = torch.stack([resize(image, keep_ratio(size, scale)) for image in images])
+    yield from logits_by_rows(model, normalise(views.permute(0, 3, 1, 2)), size, *window)
 
 
-def predict(model, image, config, aug=False):
-    """The class of each pixel, uint8 (H, W) on the CPU; the arguments are those of `scores_by_rows`."""
-    classes = [scores.max(0).indices.byte() for _, scores in scores_by_rows(model, image, config, aug)]
-    return torch.cat(classes).cpu()
+def predict(model, images, config, aug=False):
+    """The class of each pixel, uint8 (N, H, W) on the CPU; the arguments are those of `scores_by_rows`."""
+    classes = [scores.max(1).indices.byte() for _, scores in scores_by_rows(model, images, config, aug)]
+    return torch.cat(classes, dim=1).cpu()
 
 
 # ------------------------------------------------------------------------------------------------ the model made fast
@@ -193,6 +193,19 @@ def metrics(matrix):
     }
 
 
+def equal_sizes(samples, pixels):
+    """Lists of successive (index, (image, label)) whose images have one size, and together at most so many pixels."""
+    group = []
+    for sample in samples:
+        shape = sample[1][0].shape
+        if group and (shape != group[0][1][0].shape or (len(group) + 1) * math.prod(shape[:2]) > pixels):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
 def evaluate(model, data, config, aug=False, workers=0, rank=0, world=1, save=None, with_loss=False):
     """metrics() of the model, in eval mode, over a data set; with_loss adds the `loss` that training would have on it.
 
@@ -204,21 +217,22 @@ def evaluate(model, data, config, aug=False, workers=0, rank=0, world=1, save=No
     loss = torch.zeros(2, dtype=torch.float64)  # summed over pixels, and their number
     loader = DataLoader(Subset(data, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     with tqdm(loader, "evaluating", disable=rank > 0, leave=False, dynamic_ncols=True) as bar:
-        for i, (image, label) in zip(indices, bar, strict=True):
-            prediction = torch.empty(image.shape[:2], dtype=torch.uint8)
-            for rows, scores in scores_by_rows(model, image, config, aug):
-                prediction[rows] = scores.max(0).indices.byte()
+        for group in equal_sizes(zip(indices, bar, strict=True), 0 if aug else BATCH_PIXELS):
+            images, labels = zip(*(sample for _, sample in group), strict=True)
+            predictions = torch.empty(len(group), *images[0].shape[:2], dtype=torch.uint8)
+            for rows, scores in scores_by_rows(model, torch.stack(images), config, aug):
+                predictions[:, rows] = scores.max(1).indices.byte()
                 if with_loss:
-                    target = label[rows].to(device).long()[None]
-                    total = F.cross_entropy(scores[None], target, ignore_index=VOID, reduction="sum")
+                    target = torch.stack(labels)[:, rows].to(device).long()
+                    total = F.cross_entropy(scores, target, ignore_index=VOID, reduction="sum")
                     loss += torch.tensor([total.item(), target.numel()], dtype=torch.float64)
-            if save:
-                save(i, prediction)
-            if label is None:
-                if not save:
+            for (i, (_, label)), prediction in zip(group, predictions, strict=True):
+                if save:
+                    save(i, prediction)
+                elif label is None:
                     raise InputError(f"{data.name}: split {data.split!r} has no labels; --save DIR writes predictions")
-                continue
-            matrix += confusion_matrix(prediction, label, len(data.classes))
+                if label is not None:
+                    matrix += confusion_matrix(prediction, label, len(data.classes))
     if world > 1:
         totals = torch.cat([matrix.flatten().double(), loss]).to(device)  # counts are exact in float64 up to 2^53
         dist.all_reduce(totals)

@@ -57,7 +57,7 @@ def main():
     with tqdm(images.items(), "predicting", dynamic_ncols=True) as bar:
         for name, path in bar:
             image = read_image(path)
-            labels = predict(model, image, config, args.aug)
+            labels = predict(model, image[None], config, args.aug)[0]
             coloured = colour(labels, config["palette"])
             overlay = Image.blend(Image.fromarray(image.numpy()), coloured, 0.5)
             out = Path(args.out, name)

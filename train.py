@@ -167,7 +167,7 @@ def main():
         if rank == 0:
             log(val_loss=result["loss"], **{name: result[name] for name in ("mIoU", "mAcc", "aAcc")})
             shown = range(0, len(val_data), math.ceil(len(val_data) / 4))
-            rows = [(*val_data[i], predict(model, val_data[i][0], config)) for i in shown]
+            rows = [(*val_data[i], predict(model, val_data[i][0][None], config)[0]) for i in shown]
             path = out / "samples" / f"{iteration:06}.png"
             picture = compare(rows, config["classes"], config["palette"])
             picture.save(path)

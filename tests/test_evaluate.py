@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import write_scene
 
-from evaluate import confusion_matrix, metrics, window_starts
+from data import SegmentationData
+from evaluate import confusion_matrix, equal_sizes, evaluate, metrics, window_starts
+from resnet_d8 import FCN
 from train import poly_lr, segmentation_loss
 
 
@@ -48,3 +51,28 @@ def test_windows_lie_on_the_grid_and_end_inside():
     assert window_starts(1025, 769, 513) == [0, 256]
     assert window_starts(2049, 769, 513) == [0, 513, 1026, 1280]
     assert window_starts(769, 769, 513) == window_starts(100, 769, 513) == [0]
+
+
+def test_images_of_one_size_go_together():
+    sizes = [(4, 5), (4, 5), (4, 5), (5, 4), (4, 5)]
+    samples = [(i, (torch.zeros(*size, 3), None)) for i, size in enumerate(sizes)]
+    assert [[i for i, _ in group] for group in equal_sizes(samples, 40)] == [[0, 1], [2], [3], [4]]
+    assert [[i for i, _ in group] for group in equal_sizes(samples, 0)] == [[0], [1], [2], [3], [4]]
+    assert list(equal_sizes([], 40)) == []
+
+
+def test_together_or_alone_the_result_is_the_same(folder, monkeypatch):
+    write_scene(folder / "images/val", folder / "annotations/val", "scene9", 1, size=(32, 48))
+    data, saved = SegmentationData("folder", folder, "val"), {}
+    torch.manual_seed(0)
+    model = FCN(3, depth=18).eval()
+    config = {"scale": None, "crop_size": [32, 32], "stride": None}
+    results = []
+    for pixels in (0, 10**6):
+        monkeypatch.setattr("evaluate.BATCH_PIXELS", pixels)
+        maps = {}
+        results.append(evaluate(model, data, config, save=maps.__setitem__, with_loss=True))
+        saved[pixels] = maps
+    assert results[0]["mIoU"] == results[1]["mIoU"] and results[0]["loss"] == pytest.approx(results[1]["loss"])
+    assert [tuple(saved[0][i].shape) for i in range(4)] == [(40, 48), (40, 48), (32, 48), (40, 48)]
+    assert all(saved[0][i].equal(saved[10**6][i]) for i in range(4))
