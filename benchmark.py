@@ -121,7 +121,7 @@ def train(args):
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.amp == "fp16")
     trained = torch.compile(model) if args.compile else model
     sample = {
-        "image": smooth_image(*args.size),
+        "image": smooth_image(*args.size).permute(2, 0, 1),
         "label": torch.randint(0, args.classes, args.size, dtype=torch.uint8),
         "size": torch.tensor(args.size),
         "colour": torch.tensor([10, 1.2, 0.8, 0.05, 1]),

@@ -151,7 +151,7 @@ def resize(image, size, window=None):
     grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).to(image.device)
     source = image[rows, columns].permute(2, 0, 1)[None].float()  # only the part that the window shows
     out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=True)
-    return out[0].permute(1, 2, 0).round().to(torch.uint8)
+    return out[0].round_().byte().permute(1, 2, 0)
 
 
 def source_of(first, count, old, new):
@@ -188,12 +188,12 @@ class TrainData(Dataset):
             counts = torch.bincount(crop.flatten(), minlength=256)[:VOID]
             if counts.count_nonzero() > 1 and counts.max() < 0.75 * counts.sum():
                 break
-        image = resize(image, size, (top, left, *crop.shape))
+        image = resize(image, size, (top, left, *crop.shape)).permute(2, 0, 1)
         if rng.random() < 0.5:
-            image, crop = image.flip(1), crop.flip(1)
+            image, crop = image.flip(2), crop.flip(1)
         bottom, right = self.crop[0] - crop.shape[0], self.crop[1] - crop.shape[1]
         return {
-            "image": F.pad(image, (0, 0, 0, right, 0, bottom)),
+            "image": F.pad(image, (0, right, 0, bottom)),
             "label": F.pad(crop, (0, right, 0, bottom), value=VOID),
             "size": torch.tensor(crop.shape),
             "colour": draw_colour(rng),
@@ -245,8 +245,7 @@ def to_device(batch, device):
     """What is best done for the whole batch: a stack of TrainData's samples to normalised images (N, 3, H, W), 0 where
     they are padded, and labels int64 (N, H, W)."""
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "file"}
-    images = batch["image"].permute(0, 3, 1, 2).float()
-    images = normalise(distort(images, batch["colour"]))
+    images = normalise(distort(batch["image"].float(), batch["colour"]))
     (height, width), (h, w) = images.shape[2:], batch["size"][:, :, None].unbind(1)
     rows, columns = torch.arange(height, device=device) < h, torch.arange(width, device=device) < w
     return images * (rows[:, None, :, None] & columns[:, None, None, :]), batch["label"].long()
