@@ -7,7 +7,6 @@ mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds 
 images/s are what the training took in.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -25,11 +24,10 @@ MODELS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")
 HEAD = "| model | mIoU | lowest, highest | parameters (M) | multiply-adds (G) | images/s |\n|---|--:|--:|--:|--:|--:|"
 
 
-def read_log(out, iters):
-    """The log of the run in a folder, as dicts, and its mIoU after `iters` steps, None if it has not come so far."""
-    path = out / "log.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return lines, next((line["mIoU"] for line in lines if line["iteration"] == iters and "mIoU" in line), None)
+def result(out, iters):
+    """The mIoU of the run in a folder after `iters` steps, None if it has not come so far."""
+    lines = checkpoint.read_log(out)
+    return next((line["mIoU"] for line in lines if line["iteration"] == iters and "mIoU" in line), None)
 
 
 def train(out, model, seed, iters):
@@ -37,14 +35,21 @@ def train(out, model, seed, iters):
     command = [sys.executable, Path(__file__).with_name("train.py"), "--dataset", "context", "--out", out]
     command += ["--model", model, "--seed", seed, "--iters", iters]
     command += ["--resume"] * (out / "config.json").exists()
-    if subprocess.run([str(word) for word in command]).returncode or read_log(out, iters)[1] is None:
+    process = subprocess.Popen([str(word) for word in command])
+    try:
+        process.wait()
+    except KeyboardInterrupt:  # it has received the same, and saves
+        process.wait()
+        raise
+    if process.returncode or result(out, iters) is None:
         raise InputError(f"{out}: its training has stopped; to go on, repeat the command")
 
 
 def row(model, runs, iters):
     """A model's line of the table, from the folders of its runs."""
-    logs, results = zip(*(read_log(out, iters) for out in runs), strict=True)
-    speed = statistics.median(line["images_per_second"] for lines in logs for line in lines if "loss" in line)
+    results = [result(out, iters) for out in runs]
+    lines = [line for out in runs for line in checkpoint.read_log(out) if "loss" in line]
+    speed = statistics.median(line["images_per_second"] for line in lines)
     config = checkpoint.read_config(runs[0])
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         empty = checkpoint.build_model(config).eval()
@@ -65,7 +70,7 @@ def main():
     runs = {model: [Path(args.out, f"{model}-{seed}") for seed in range(args.seeds)] for model in args.model}
     for seed in range(args.seeds):
         for model in args.model:
-            if read_log(runs[model][seed], args.iters)[1] is None:
+            if result(runs[model][seed], args.iters) is None:
                 train(runs[model][seed], model, seed, args.iters)
     print(HEAD, *(row(model, runs[model], args.iters) for model in args.model), sep="\n")
 

@@ -7,11 +7,11 @@
 
 Writes OUT/NAME.png for each image: a row for each block, a panel for each query point, as in figure 1 of GCNet. --html
 writes OUT/attention.html too, a page of one file, where the pointer is the query. --statistics prints mean cosine
-distances like table 1 of GCNet. Where attention's is 0, it does not depend on the query: by design in GC, and in a
-non-local block also early in training, when all its weights are still alike.
+distances, as GCNet's authors published them. Where attention's is 0, it does not depend on the query: by design in GC,
+and in a non-local block also while its weights for all positions are still alike.
 
     block        position i weighs            by
-    Non-local    all positions j              softmax_j(theta(x_i) . phi(x_j))
+    Non-local    all positions j              softmax_j(theta(x_i) . phi(x_j) / sqrt(channels))
     SNL, GC      all positions j              softmax_j(W_k x_j), whatever i is
     AFNB, APNB   110 samples s (ANN)          softmax_s(query_i . key_s), shown on the positions that s averages
 """
@@ -46,7 +46,7 @@ BLOCKS = {  # by their names below decode_head
     "fusion.stages.0": "AFNB (110 samples)",
     "context.stages.0": "APNB (110 samples)",
 }
-PUBLISHED = {  # GCNet, table 1, embedded Gaussian: input, attention, output
+PUBLISHED = {  # by GCNet's authors, of trained embedded Gaussian blocks: input, attention, output
     "COCO": (0.401, 0.020, 0.012),
     "ImageNet": (0.358, 0.004, 0.003),
     "Kinetics": (0.301, 0.115, 0.074),
@@ -242,12 +242,15 @@ def main():
     add("--data-root", help="the data set's folder; default: the one that it was trained on")
     add("--split", default="val", help="train, val or test (default: val)")
     add("--out", default="attention", help="the folder to write to (default: attention)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     device, _, _ = start_process()
     published = zoo.published()
     sources = [name for name in args.files if name.endswith((".pt", ".pth")) or name in published]
     files = [name for name in args.files if name not in sources]
+    for name in files:
+        if Path(name, "best.pt").exists():
+            raise InputError(f"{name}: is a run; its checkpoint is {Path(name, 'best.pt')}")
     if args.statistics and files:
         raise InputError(
             f"{files[0]}: --statistics takes checkpoints, and a data set by --dataset, --data-root, --split"
@@ -273,7 +276,7 @@ def main():
             for source, model, config in models
             for title, row in statistics(model, data, config).items()
         }
-        rows |= {f"GCNet, table 1: {task}": row for task, row in PUBLISHED.items()}
+        rows |= {f"published: {task}": row for task, row in PUBLISHED.items()}
         width = max(map(len, rows))
         print(
             f"mean cosine distance over all pairs of positions; mean of {len(data)} images ({data.name}, {args.split})"
@@ -296,6 +299,8 @@ def main():
             for seen in observe(model, image, config | {"stride": None})
         ]
         (out / name).parent.mkdir(parents=True, exist_ok=True)
+        if (out / f"{name}.png").resolve() == Path(path).resolve():
+            raise InputError(f"--out {out}: would overwrite the image {path}")
         picture(image, points, blocks).save(out / f"{name}.png")
         if args.html:
             shown.append(explorable(str(path), image, blocks))

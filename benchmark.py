@@ -217,6 +217,12 @@ def measure(args, *task):
 
 def grow(args):
     """Time and memory of the blocks in eval mode at 512 channels, batch 1, from 24^2 to 181^2 positions; a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("the picture needs matplotlib: pip install matplotlib") from None
+    if Path(args.out).suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"--out {args.out}: name a picture that ends in .svg, .png or .pdf")
     blocks = {"NL": NonLocalBlock(512), "ANN (APNB)": APNB(512, 256), "GC": GCBlock(512)}
     rows = {name: [] for name in blocks}
     print(f"{'block':<12}{'positions':>10}{'ms':>10}{'MB':>10}")
@@ -230,10 +236,6 @@ def grow(args):
                 block(x)
             rows[name].append((side**2, 1e3 * seconds, (peak_memory() - before) / 2**20))
             print(f"{name:<12}{rows[name][-1][0]:>10}{rows[name][-1][1]:>10.1f}{rows[name][-1][2]:>10.1f}", flush=True)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("the picture needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, column, unit in zip(figure.subplots(1, 2), (1, 2), ("ms", "MB beside the input"), strict=True):
         for name, points in rows.items():
@@ -267,6 +269,10 @@ def main():
     add("--out", default="growth.svg", help="grow's picture (default: growth.svg)")
     add("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args()
+    if args.classes > 255:
+        raise InputError(f"--classes {args.classes}: labels have 8 bits, for at most 255 classes")
+    if args.task == "train" and args.batch == 1 and max(args.size) <= 8:
+        raise InputError("--batch 1 with --size 8 8 or less: BatchNorm needs more than one value per channel")
     if args.task in ("table", "grow"):
         return globals()[args.task](args)
     images = 4 if args.task == "data" else args.batch

@@ -62,17 +62,19 @@ def begin_run(folder, config, start):
     """Makes a run's folder, or readies it to go on at an iteration: the log loses what was written after that."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     replace(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
-    log = folder / "log.jsonl"
-    lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
+    kept = [json.dumps(line) + "\n" for line in read_log(folder) if line["iteration"] < start]
+    replace(folder / "log.jsonl", lambda file: file.write("".join(kept).encode()))
 
-    def keep(line):
-        try:
-            return line.endswith("}\n") and json.loads(line)["iteration"] < start
-        except (ValueError, KeyError):  # a machine that went down may leave anything
-            return False
 
-    kept = filter(keep, lines)
-    replace(log, lambda file: file.write("".join(kept).encode()))
+def read_log(folder):
+    """The lines of a run's log.jsonl, as dicts."""
+    log, lines = folder / "log.jsonl", []
+    for text in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError):  # a machine that went down may leave anything
+            line = json.loads(text)
+            if isinstance(line, dict) and "iteration" in line:
+                lines.append(line)
+    return lines
 
 
 def read_config(folder):
@@ -176,7 +178,7 @@ def load_initial(model, source):
 
 def newest_run(root="runs"):
     """The folder below root whose checkpoint was written last."""
-    runs = sorted(Path(root).glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(Path(root).glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise InputError(f"{root}/: holds no run yet; name a checkpoint, or train one with: python train.py")
     return runs[-1].parent

@@ -123,7 +123,8 @@ class SegmentationData(Dataset):
                 with contextlib.suppress(OSError):
                     partial.unlink()
                 raise InputError(
-                    f"--cache {self.cache}: cannot be written to ({error}); it needs room for all images, decoded"
+                    f"--cache {self.cache}: cannot be written to ({error}); it must be a folder with room for all "
+                    "images, decoded"
                 ) from None
         try:
             return torch.from_numpy(np.load(kept, mmap_mode="c"))

@@ -272,8 +272,9 @@ def main():
     parser.add_argument("--dataset", choices=PRESETS, help="default: the one it was trained on")
     parser.add_argument("--data-root", help="the data set's folder; default: the one it was trained on")
     parser.add_argument("--split", default="val", help="train, val or test (default: val)")
-    parser.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
-    parser.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
+    maps = parser.add_mutually_exclusive_group()
+    maps.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
+    maps.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
     parser.add_argument("--amp", choices=AMP, default="none", help="mixed precision")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; it pays if sizes are equal")
     parser.add_argument("--workers", type=whole_number, default=2, help="processes that read images (default: 2)")
@@ -302,9 +303,15 @@ def main():
 
     common = os.path.commonpath([path.parent for path, _ in data.files])
 
+    def target(image):
+        return (folder / (image.relative_to(common) if data.name == "folder" else image.name)).with_suffix(".png")
+
+    own = {file.resolve() for pair in data.files for file in pair if file}
+    if folder and any(target(image).resolve() in own for image, _ in data.files):
+        raise InputError(f"{folder}: holds files of the data set, which would be overwritten; name another folder")
+
     def save(index, prediction):
-        image = data.files[index][0]
-        path = (folder / (image.relative_to(common) if data.name == "folder" else image.name)).with_suffix(".png")
+        path = target(data.files[index][0])
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(table[prediction])
         if args.save or data.name == "voc12aug":

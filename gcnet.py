@@ -7,7 +7,7 @@ A non-local block weighs all positions anew for every query, yet the trained wei
 
     SNL, eq. 3:  z_i = x_i + W_v  sum_j a_j x_j                         a_j = exp(W_k x_j) / sum_m exp(W_k x_m)
     GC,  eq. 5:  z_i = x_i + W_v2 ReLU(LN(W_v1 sum_j a_j x_j))
-    SE:          z_i = x_i * sigmoid(W_v2 ReLU(W_v1 sum_j a_j x_j))     a_j = 1 / HW
+    SE:          z_i = x_i * sigmoid(W_v2 ReLU(W_v1 sum_j a_j x_j))     a_j = 1 / HW; here with GC's LN
 
     framework, eq. 4                 here
     context modelling, W_k           global_attention_pooling, conv_mask; pooling="avg": the mean

@@ -33,7 +33,7 @@ from resnet_d8 import ConvBNReLU, FCNHead, Segmentor
 
 
 def projection(in_channels, out_channels):
-    """theta, phi or g: a 1x1 convolution, N(0, 0.01), under the published name `conv`."""
+    """theta, phi or g: a 1x1 convolution, normal of deviation 0.01, under the published name `conv`."""
     conv = nn.Conv2d(in_channels, out_channels, 1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)

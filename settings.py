@@ -72,8 +72,8 @@ def parse(description):
     preset = PRESETS[chosen["dataset"]]
     chosen.setdefault("depth", 18 if chosen["dataset"] in DRAWN else 50)
     out = Path(out or "runs/{model}-r{depth}-{dataset}".format(**chosen))
-    if given.get("data_root"):
-        given["data_root"] = str(Path(given["data_root"]).expanduser().resolve())
+    for name in given.keys() & {"data_root", "cache"}:
+        given[name] = str(Path(given[name]).expanduser().resolve())
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
         resume = (out / "config.json").exists()
     saved = read_settings(out, parser) if resume else {}

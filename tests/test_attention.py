@@ -105,7 +105,7 @@ def test_statistics(models, folder, run_script):
     lines = run_script("attention.py", models["nonlocal_net"], models["gcnet"], *arguments).stdout.splitlines()
     rows = {" ".join(words[:-3]): [float(value) for value in words[-3:]] for words in map(str.split, lines[2:])}
     assert "6 images" in lines[0]
-    assert rows.pop("GCNet, table 1: Cityscapes") == [0.315, 0.383, 0.354]
+    assert rows.pop("published: Cityscapes") == [0.315, 0.383, 0.354]
     assert min(rows[f"non-local block of {models['nonlocal_net']}"]) > 0
     gc = rows[f"GC block (one map for all queries) of {models['gcnet']}"]
     assert (
@@ -201,11 +201,16 @@ def test_the_page_in_a_browser(page, tmp_path):
         (["gcnet.pt", "image.png", "--query", "20", "9"], ["--query", "image.png is 20x10", "x ends at 19"]),
         (["gcnet.pt", "none.png"], ["none.png"]),
         (["none.pt", "image.png"], ["none.pt"]),
+        (["gcnet.pt", "--statistics", "image.png"], ["image.png", "--statistics"]),
+        (["gcnet.pt", "image.png", "--out", "."], ["--out", "overwrite the image", "image.png"]),
+        (["run"], ["run: is a run", "best.pt"]),
     ],
     ids=lambda value: " ".join(value),
 )
 def test_a_mistake_is_one_line(arguments, words, models, tmp_path, monkeypatch):
     Image.new("RGB", (20, 10)).save(tmp_path / "image.png")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/best.pt").touch()
     arguments = [str(models.get(name.removesuffix(".pt"), name)) for name in arguments]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["attention.py", *arguments])

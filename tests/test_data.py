@@ -149,7 +149,7 @@ def test_the_cache_gives_what_was_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault, words", [("a file", "cannot be written to"), ("damaged", "delete it"), ("full", "needs room")]
+    "fault, words", [("a file", "cannot be written to"), ("damaged", "delete it"), ("full", "with room for all")]
 )
 def test_a_cache_that_fails_says_so(fault, words, folder, tmp_path):
     cache = tmp_path / "cache"

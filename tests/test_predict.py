@@ -89,3 +89,14 @@ def test_save_and_submit(model, run_script, tmp_path):
     run_script("evaluate.py", model, *data, "--submit", "ids")
     submitted = np.asarray(Image.open(tmp_path / f"ids/{city.name}"))
     assert (submitted == np.array(CITYSCAPES_IDS)[labels]).all()
+
+
+def test_no_file_of_the_data_set_is_overwritten(model, run_script, tmp_path):
+    write_scene(tmp_path / "own/images/val", tmp_path / "own/annotations/val", "x", 0)
+    (tmp_path / "own/classes.txt").write_text("\n".join(f"class {i}" for i in range(19)))
+    before = [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))]
+    for folder in ("own/annotations/val", "own/images/val"):
+        done = run_script("evaluate.py", model, "--dataset", "folder", "--data-root", "own", "--save", folder, status=2)
+        assert "would be overwritten" in done.stderr
+    assert [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))] == before
+    assert "not allowed with" in run_script("evaluate.py", model, "--save", "a", "--submit", "b", status=2).stderr
