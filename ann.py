@@ -14,7 +14,7 @@ pyramid pooling to 1x1, 3x3, 6x6 and 8x8, so that time and memory are linear in 
     Y_P = cat(W_o(O_P^T), X)                        the 1x1 bottleneck of APNB and AFNB, in place of a residual addition
 
     APNB, section 3.2   lets features attend to themselves; the published models share its query's and key's projection
-    AFNB, section 3.3   fuses the last two stages: queries from stage 4, keys and values from stage 3 (counted from 1)
+    AFNB, section 3.3   fuses the last two stages: queries from c4, keys and values from c3 (the paper's Stage5, Stage4)
 """
 
 # fmt: off
