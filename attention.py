@@ -220,7 +220,7 @@ def explorable(name, image, blocks):
         points = [((x + 0.5) / columns, (y + 0.5) / rows) for y in range(rows) for x in range(columns)]
         weights, maps = attention(seen, points)
         maps, brightest = levels(F.adaptive_avg_pool2d(maps, keys))
-        to_mean = (1 - F.cosine_similarity(weights, weights.mean(0, keepdim=True))) / 2
+        to_mean = (1 - F.cosine_similarity(weights, weights.mean(0, keepdim=True))).clamp(min=0) / 2
         entry = {"title": title, "queries": [rows, columns], "keys": keys, "brightest": brightest}
         entry["distance"] = f"{cosine_distance([weights]):.3f}"
         entry["to_mean"] = [f"{distance:.3f}" for distance in to_mean.tolist()]
