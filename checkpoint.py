@@ -72,7 +72,7 @@ def read_log(folder):
     for text in log.read_text(errors="replace").splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError):  # a machine that went down may leave anything
             line = json.loads(text)
-            if isinstance(line, dict) and "iteration" in line:
+            if isinstance(line, dict) and isinstance(line.get("iteration"), int):
                 lines.append(line)
     return lines
 

@@ -107,6 +107,7 @@ class SegmentationData(Dataset):
         return image, label
 
     def read(self, path, decode, *arguments):
+        """decode(path, *arguments), or what the cache has kept of it; a file that changes is read anew."""
         if not self.cache:
             return decode(path, *arguments)
         state = path.stat()

@@ -1,10 +1,11 @@
 """Pictures of segmentations and of a run's course."""
 
-import json
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from checkpoint import read_log
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
@@ -56,7 +57,7 @@ def curves(folder):
         from matplotlib.figure import Figure
     except ImportError:
         return
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = read_log(folder)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axes, names in zip(figure.subplots(1, 3), (("loss", "val_loss"), ("lr",), ("mIoU",)), strict=True):
         for name in names:
