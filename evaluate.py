@@ -276,7 +276,7 @@ def main():
     maps.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
     maps.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
     parser.add_argument("--amp", choices=AMP, default="none", help="mixed precision")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network; it pays if sizes are equal")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, anew for each size of image")
     parser.add_argument("--workers", type=whole_number, default=2, help="processes that read images (default: 2)")
     args = parser.parse_args()
     if args.checkpoint and args.named:

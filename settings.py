@@ -59,7 +59,7 @@ def parse(description):
     add("--class-weights", nargs="+", help="of the loss: a number per class, or balanced: median / frequency")
     add("--amp", choices=AMP, help="mixed precision (default: none)")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, which is slower")
+    add("--deterministic", action="store_true", help="ask torch for deterministic kernels, which are slower on a GPU")
     add("--cache", metavar="DIR", help="keep decoded images there: reading is faster, from the second epoch on")
     add("--workers", type=whole_number, help="data-loading processes of each process (default: 2)")
     add("--seed", type=whole_number, help="of the weights, the order and the augmentation (default: 0)")
