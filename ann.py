@@ -11,7 +11,7 @@ pyramid pooling to 1x1, 3x3, 6x6 and 8x8, so that time and memory are linear in 
     theta_P = P(theta), gamma_P = P(gamma)          PyramidPooling
     V_P = softmax(phi^T theta_P)                    attention, scaled by 1/sqrt(256) in the published models
     O_P = V_P gamma_P^T, W_o                        context, out_project
-    Y_P = cat(W_o(O_P^T), X)                        the 1x1 bottleneck of APNB and AFNB, in place of a residual addition
+    Y_P = cat(W_o(O_P^T), X)                        Bottleneck of APNB and AFNB, in place of a residual addition
 
     APNB, section 3.2   lets features attend to themselves; the published models share its query's and key's projection
     AFNB, section 3.3   fuses the last two stages: queries from c4, keys and values from c3 (the paper's Stage5, Stage4)
@@ -38,6 +38,7 @@ class AsymmetricNonLocalBlock(nn.Module):
     """What the positions of `x` gather from 110 samples of `y`: (N, C_x, H, W) and (N, C_y, H, W) to (N, C_x, H, W).
 
     shared  one projection serves as query and key
+    w       of forward: the weights (C, C_x, 1, 1) of a convolution that follows; the result has C channels
     """
 
     def __init__(self, x_channels, y_channels, channels, shared):
@@ -50,15 +51,25 @@ class AsymmetricNonLocalBlock(nn.Module):
         nn.init.zeros_(self.out_project.weight)
         nn.init.zeros_(self.out_project.bias)
 
-    def forward(self, x, y):                                                    # (N, C_x, H, W), (N, C_y, H, W)
+    def forward(self, x, y, w=None):                                            # (N, C_x, H, W), (N, C_y, H, W)
         query = self.query_project(x).flatten(2)                                # (N, 256, HW)
         key = self.pool(self.key_project(y))                                    # (N, 256, S)
-        # Averaging commutes with W_gamma, and so does W_o with the attention, whose weights sum to one: both are
+        # Averaging commutes with W_gamma, and so do W_o and w with the attention, whose weights sum to one: all are
         # applied to the S samples instead of the HW positions.
         value = self.out_project(self.value_project(self.pool(y)[..., None]))   # (N, C_x, S, 1)
+        value = value if w is None else F.conv2d(value, w)                      # (N, C, S, 1)
         attention = (query.transpose(1, 2) @ key * key.shape[1] ** -0.5).softmax(2)  # (N, HW, S)
-        context = value[..., 0] @ attention.transpose(1, 2)                     # (N, C_x, HW)
-        return context.unflatten(2, x.shape[2:])                                # (N, C_x, H, W)
+        context = attention @ value[..., 0].transpose(1, 2)                     # (N, HW, C)
+        return context.transpose(1, 2).unflatten(2, x.shape[2:])                # (N, C, H, W)
+
+
+class Bottleneck(ConvBNReLU):
+    """A 1x1 convolution W of cat(context, x) as W_1 context + W_2 x, so that `block` applies W_1 to its samples."""
+
+    def forward(self, block, x, y):                             # (N, C_x, H, W), (N, C_y, H, W)
+        w_1, w_2 = (half.contiguous() for half in self.conv.weight.chunk(2, dim=1))
+        out = block(x, y, w_1) + F.conv2d(x, w_2, self.conv.bias)
+        return self.relu(self.bn(out))                          # (N, C, H, W)
 
 
 class AFNB(nn.Module):
@@ -67,11 +78,10 @@ class AFNB(nn.Module):
     def __init__(self, low_channels, high_channels, channels):
         super().__init__()
         self.stages = nn.ModuleList([AsymmetricNonLocalBlock(high_channels, low_channels, channels, shared=False)])
-        self.bottleneck = ConvBNReLU(2 * high_channels, high_channels, 1, relu=False)
+        self.bottleneck = Bottleneck(2 * high_channels, high_channels, 1, relu=False)
 
     def forward(self, c3, c4):                                  # (N, 1024, H, W), (N, 2048, H, W)
-        context = self.stages[0](c4, c3)                        # (N, 2048, H, W)
-        return self.bottleneck(torch.cat([context, c4], dim=1)) # (N, 2048, H, W)
+        return self.bottleneck(self.stages[0], c4, c3)          # (N, 2048, H, W)
 
 
 class APNB(nn.Module):
@@ -80,11 +90,10 @@ class APNB(nn.Module):
     def __init__(self, in_channels, channels):
         super().__init__()
         self.stages = nn.ModuleList([AsymmetricNonLocalBlock(in_channels, in_channels, channels, shared=True)])
-        self.bottleneck = ConvBNReLU(2 * in_channels, in_channels, 1)
+        self.bottleneck = Bottleneck(2 * in_channels, in_channels, 1)
 
     def forward(self, x):                                       # (N, 512, H, W)
-        context = self.stages[0](x, x)                          # (N, 512, H, W)
-        return self.bottleneck(torch.cat([context, x], dim=1))  # (N, 512, H, W)
+        return self.bottleneck(self.stages[0], x, x)            # (N, 512, H, W)
 
 
 class ANNHead(Head):

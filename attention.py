@@ -99,8 +99,8 @@ def observe(model, image, config):
 
             def look(block, inputs, output, title=BLOCKS[name]):
                 pooled = isinstance(block, AsymmetricNonLocalBlock)
-                added = output if pooled else output - inputs[0]
-                for parts in zip(*query_and_key(block, *inputs), inputs[0], added, strict=True):
+                added = block.forward(*inputs[:2]) if pooled else output - inputs[0]
+                for parts in zip(*query_and_key(block, *inputs[:2]), inputs[0], added, strict=True):
                     seen.append(Seen(title, pooled, *parts))
 
             hooks.append(block.register_forward_hook(look))

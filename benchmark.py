@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
-from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import zoo
@@ -170,6 +169,8 @@ TABLE_HEAD = """Published: fps of one image at test size on a V100, fp32; peak m
 
 def multiply_adds(model, images, *window):
     """Of the model in eval mode on images, both on the meta device, which counts without computing."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it takes 70 MB, which memory figures would hold
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         slide_inference(model, images, *window) if window else whole_inference(model, images)
     return counter.get_total_flops() / 2

@@ -61,7 +61,7 @@ def read_label(path, table):
         raise InputError(
             f"{path}: a label must be an 8-bit grey or palette PNG of class indices; this is {kind} {mode}"
         )
-    label = table.take(values)
+    label = np.frombuffer(bytearray(values).translate(table), np.uint8).reshape(values.shape)
     if (label == INVALID).any():
         value, allowed = values[label == INVALID][0], np.flatnonzero(table != INVALID)[[0, -2]]
         raise InputError(f"{path}: holds the value {value}; labels are {allowed[0]} to {allowed[1]}, and 255 for void")
@@ -145,23 +145,28 @@ def keep_ratio(size, scale):
 def resize(image, size, window=None):
     """Bilinear with half-pixel centres and no antialiasing, as OpenCV's INTER_LINEAR, to within one grey level.
 
-    image uint8 (H, W, 3) -> uint8 (*size, 3), or only its window (top, left, height, width).
+    image uint8 (H, W, 3) -> uint8 (*size, 3), or only its window (top, left, height, width). On the CPU.
     """
     top, left, h, w = window or (0, 0, *size)
-    rows, y = source_of(top, h, image.shape[0], size[0])
-    columns, x = source_of(left, w, image.shape[1], size[1])
-    grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).to(image.device)
-    source = image[rows, columns].permute(2, 0, 1)[None].float()  # only the part that the window shows
-    out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=True)
-    return out[0].round_().byte().permute(1, 2, 0)
+    top, bottom, rows, upside_down = from_corner(top, h, image.shape[0], size[0])
+    left, right, columns, mirrored = from_corner(left, w, image.shape[1], size[1])
+    flips = [0] * upside_down + [1] * mirrored
+    source = image[rows, columns].flip(flips).permute(2, 0, 1)[None]
+    # F.interpolate's kernel; but there the scale follows from the two sizes, here it is that of the whole image.
+    scale = size[0] / image.shape[0], size[1] / image.shape[1]
+    out = torch.ops.aten.upsample_bilinear2d(source, [bottom, right], False, *scale)
+    return out[0, :, top : top + h, left : left + w].permute(1, 2, 0).flip(flips)
 
 
-def source_of(first, count, old, new):
-    """Where `count` pixels, from `first` on, of a side of `new` lie on the side of `old` from which it is resized: the
-    slice of old pixels around them, and their places in it, -1 at its first pixel's centre to 1 at its last's."""
-    place = ((torch.arange(first, first + count, dtype=torch.float64) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
-    start, stop = int(place[0]), min(int(place[-1]) + 2, old)
-    return slice(start, stop), ((place - start) * (2 / max(stop - start - 1, 1)) - 1).float()
+def from_corner(first, count, old, new):
+    """`count` pixels, from `first` on, of a side of `new` resized from `old`, as seen from the nearer end, since the
+    kernel resizes from the first pixel on: first, stop, the slice of old pixels that it needs, whether mirrored."""
+    mirrored = 2 * first > new - count
+    first = new - count - first if mirrored else first
+    stop = first + count
+    used = min(stop * old // new + 2, old)
+    stop += stop == used  # from and to equal sizes the kernel copies, whatever the scale
+    return first, stop, slice(old - used, old) if mirrored else slice(used), mirrored
 
 
 class TrainData(Dataset):

@@ -29,7 +29,7 @@ from data import VOID, InputError, SegmentationData, keep_ratio, normalise, resi
 from layouts import CITYSCAPES_IDS
 from settings import AMP, PRESETS
 
-RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+RATIOS = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5)  # the largest first: the others find its memory free
 BATCH_PIXELS = 2**20  # windows and mirrored views go through the network together up to so many
 
 
@@ -112,11 +112,11 @@ def multi_scale_flip(model, image, scale, ratios=RATIOS, crop_size=None, stride=
     scale   (long, short): the view of ratio r is the image at keep-ratio (long r, short r), plain and mirrored
     """
     device, size = next(model.parameters()).device, tuple(image.shape[:2])
-    image = torch.as_tensor(image, device=device)
+    image = torch.as_tensor(image)
     total = torch.zeros(model.decode_head.conv_seg.out_channels, *size, device=device)
     for ratio in ratios:
         view = resize(image, keep_ratio(size, [int(side * ratio) for side in scale]))
-        view = normalise(view.permute(2, 0, 1)[None])
+        view = normalise(view.permute(2, 0, 1)[None].to(device))
         views = torch.cat([view, view.flip(3)])
         for rows, (plain, mirrored) in logits_by_rows(model, views, size, crop_size, stride):
             total[:, rows] += plain.softmax(0) + mirrored.softmax(0).flip(2)
@@ -132,9 +132,8 @@ def scores_by_rows(model, images, config, aug=False):
     if aug:
         yield slice(None), torch.stack([multi_scale_flip(model, image, scale, RATIOS, *window) for image in images])
         return
-    images = images.to(next(model.parameters()).device)
-    views = torch.stack([resize(image, keep_ratio(size, scale)) for image in images])
-    yield from logits_by_rows(model, normalise(views.permute(0, 3, 1, 2)), size, *window)
+    views = torch.stack([resize(image, keep_ratio(size, scale)) for image in images]).permute(0, 3, 1, 2)
+    yield from logits_by_rows(model, normalise(views.to(next(model.parameters()).device)), size, *window)
 
 
 def predict(model, images, config, aug=False):

@@ -57,7 +57,8 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.context_block(self.bn2(self.conv2(out)))
-        return F.relu(out + self.downsample(x), inplace=True)
+        out += self.downsample(x)
+        return F.relu(out, inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -82,7 +83,8 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.context_block(self.bn3(self.conv3(out)))
-        return F.relu(out + self.downsample(x), inplace=True)
+        out += self.downsample(x)
+        return F.relu(out, inplace=True)
 
 
 class ResNetD8(nn.Module):
@@ -197,7 +199,7 @@ class Segmentor(nn.Module):
 
     def coarse(self, images):                               # (N, 3, H, W)
         """The heads' logits, both (N, K, H/8, W/8) rounded up; the auxiliary ones in training mode, else None."""
-        c1, c2, c3, c4 = self.backbone(images)
+        c3, c4 = self.backbone(images)[2:]                  # c1 and c2 are given up here, before the heads need room
         return self.decode(c3, c4), self.auxiliary_head(c3) if self.training else None
 
     def forward(self, images):                              # (N, 3, H, W)
@@ -207,7 +209,8 @@ class Segmentor(nn.Module):
         return self.resize(logits, images), self.resize(aux_logits, images)
 
     def resize(self, logits, images):
-        logits = logits.to(images.dtype)  # under autocast too, the resize and what follows are in full precision
+        # Under autocast too, the resize and what follows are in full precision. Channels first, for the loss.
+        logits = logits.to(images.dtype).contiguous()
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
 
 
