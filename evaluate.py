@@ -159,6 +159,9 @@ def for_inference(model, device, amp="none", compiled=False):
     """The model as it evaluates: the same results to rounding, but with amp ("bf16" or "fp16": mixed precision)."""
     model = fold_batchnorm(model).to(device, memory_format=torch.channels_last)
     if amp != "none":
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(AMP[amp])  # autocast would do so in every call
         model.coarse = torch.autocast(device.type, AMP[amp])(model.coarse)
     if compiled:
         model.coarse = torch.compile(model.coarse)
