@@ -11,7 +11,7 @@ pyramid pooling to 1x1, 3x3, 6x6 and 8x8, so that time and memory are linear in 
     theta_P = P(theta), gamma_P = P(gamma)          PyramidPooling
     V_P = softmax(phi^T theta_P)                    attention, scaled by 1/sqrt(256) in the published models
     O_P = V_P gamma_P^T, W_o                        context, out_project
-    Y_P = cat(W_o(O_P^T), X)                        Bottleneck of APNB and AFNB, in place of a residual addition
+    Y_P = cat(W_o(O_P^T), X)                        Concatenation, in APNB and AFNB, in place of a residual addition
 
     APNB, section 3.2   lets features attend to themselves; the published models share its query's and key's projection
     AFNB, section 3.3   fuses the last two stages: queries from c4, keys and values from c3 (the paper's Stage5, Stage4)
@@ -63,7 +63,7 @@ class AsymmetricNonLocalBlock(nn.Module):
         return context.transpose(1, 2).unflatten(2, x.shape[2:])                # (N, C, H, W)
 
 
-class Bottleneck(ConvBNReLU):
+class Concatenation(ConvBNReLU):
     """A 1x1 convolution W of cat(context, x) as W_1 context + W_2 x, so that `block` applies W_1 to its samples."""
 
     def forward(self, block, x, y):                             # (N, C_x, H, W), (N, C_y, H, W)
@@ -78,7 +78,7 @@ class AFNB(nn.Module):
     def __init__(self, low_channels, high_channels, channels):
         super().__init__()
         self.stages = nn.ModuleList([AsymmetricNonLocalBlock(high_channels, low_channels, channels, shared=False)])
-        self.bottleneck = Bottleneck(2 * high_channels, high_channels, 1, relu=False)
+        self.bottleneck = Concatenation(2 * high_channels, high_channels, 1, relu=False)
 
     def forward(self, c3, c4):                                  # (N, 1024, H, W), (N, 2048, H, W)
         return self.bottleneck(self.stages[0], c4, c3)          # (N, 2048, H, W)
@@ -90,7 +90,7 @@ class APNB(nn.Module):
     def __init__(self, in_channels, channels):
         super().__init__()
         self.stages = nn.ModuleList([AsymmetricNonLocalBlock(in_channels, in_channels, channels, shared=True)])
-        self.bottleneck = Bottleneck(2 * in_channels, in_channels, 1)
+        self.bottleneck = Concatenation(2 * in_channels, in_channels, 1)
 
     def forward(self, x):                                       # (N, 512, H, W)
         return self.bottleneck(self.stages[0], x, x)            # (N, 512, H, W)

@@ -147,6 +147,8 @@ def resize(image, size, window=None):
 
     image uint8 (H, W, 3) -> uint8 (*size, 3), or only its window (top, left, height, width). On the CPU.
     """
+    if not window and size == image.shape[:2]:
+        return image
     top, left, h, w = window or (0, 0, *size)
     top, bottom, rows, upside_down = from_corner(top, h, image.shape[0], size[0])
     left, right, columns, mirrored = from_corner(left, w, image.shape[1], size[1])

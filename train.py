@@ -62,7 +62,7 @@ def training_step(model, optimizer, scaler, batches, lr, class_weights=None, amp
             logits, aux_logits = model(images)
         loss = segmentation_loss(logits, labels, class_weights) / len(batches)
         aux_loss = 0.4 * segmentation_loss(aux_logits, labels, class_weights) / len(batches)
-        del logits, aux_logits  # of K x H x W; the gradients of their kind need the room
+        del logits, aux_logits  # of K x H x W values: the backward pass puts as large ones in their place
         scaler.scale(loss + aux_loss).backward()
         losses += torch.stack([loss, aux_loss]).detach()
     if dist.is_initialized():
