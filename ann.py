@@ -35,10 +35,10 @@ class PyramidPooling(nn.Module):
 
 
 class AsymmetricNonLocalBlock(nn.Module):
-    """What the positions of `x` gather from 110 samples of `y`: (N, C_x, H, W) and (N, C_y, H, W) to (N, C_x, H, W).
+    """What the positions of `x` gather from 110 samples of `y`: (N, C_x, H, W) and (N, C_y, H, W) to (N, C_x, H, W),
+    or to (N, C, H, W) if forward is given the weights w (C, C_x, 1, 1) of a convolution that follows.
 
     shared  one projection serves as query and key
-    w       of forward: the weights (C, C_x, 1, 1) of a convolution that follows; the result has C channels
     """
 
     def __init__(self, x_channels, y_channels, channels, shared):
@@ -54,8 +54,8 @@ class AsymmetricNonLocalBlock(nn.Module):
     def forward(self, x, y, w=None):                                            # (N, C_x, H, W), (N, C_y, H, W)
         query = self.query_project(x).flatten(2)                                # (N, 256, HW)
         key = self.pool(self.key_project(y))                                    # (N, 256, S)
-        # Averaging commutes with W_gamma, and so do W_o and w with the attention, whose weights sum to one: all are
-        # applied to the S samples instead of the HW positions.
+        # Averaging commutes with W_gamma. So do W_o, its bias too since the attention's weights sum to one, and w with
+        # the attention. All are applied to the S samples instead of the HW positions.
         value = self.out_project(self.value_project(self.pool(y)[..., None]))   # (N, C_x, S, 1)
         value = value if w is None else F.conv2d(value, w)                      # (N, C, S, 1)
         attention = (query.transpose(1, 2) @ key * key.shape[1] ** -0.5).softmax(2)  # (N, HW, S)
@@ -64,7 +64,7 @@ class AsymmetricNonLocalBlock(nn.Module):
 
 
 class Concatenation(ConvBNReLU):
-    """A 1x1 convolution W of cat(context, x) as W_1 context + W_2 x, so that `block` applies W_1 to its samples."""
+    """The 1x1 convolution W of cat(context, x) as W_1 context + W_2 x: `block` applies W_1 to its 110 samples."""
 
     def forward(self, block, x, y):                             # (N, C_x, H, W), (N, C_y, H, W)
         w_1, w_2 = (half.contiguous() for half in self.conv.weight.chunk(2, dim=1))

@@ -74,7 +74,7 @@ class SegmentationData(Dataset):
     classes, palette    names and RGB colours
     files               (image path, label path or None) of each item; drawn scenes have names only
     ratios              between which the training's random resizing draws
-    cache               a folder for decoded images, mapped into memory: what is not looked at is not even read
+    cache               a folder for decoded images, mapped into memory
     """
 
     def __init__(self, name, root, split, cache=None):
@@ -145,13 +145,16 @@ def keep_ratio(size, scale):
 def resize(image, size, window=None):
     """Bilinear with half-pixel centres and no antialiasing, as OpenCV's INTER_LINEAR, to within one grey level.
 
-    image uint8 (H, W, 3) -> uint8 (*size, 3), or only its window (top, left, height, width). On the CPU.
+    image uint8 (H, W, 3), on the CPU -> uint8 (*size, 3), or only its window (top, left, height, width); of the image's
+    own size it is the image itself.
     """
     if not window and size == image.shape[:2]:
         return image
-    top, left, h, w = window or (0, 0, *size)
+    window = top, left, h, w = window or (0, 0, *size)
     top, bottom, rows, upside_down = from_corner(top, h, image.shape[0], size[0])
     left, right, columns, mirrored = from_corner(left, w, image.shape[1], size[1])
+    if bottom * right > 3 * h * w:  # too much to make beside the window
+        return sample(image, size, window)
     flips = [0] * upside_down + [1] * mirrored
     source = image[rows, columns].flip(flips).permute(2, 0, 1)[None]
     # F.interpolate's kernel; but there the scale follows from the two sizes, here it is that of the whole image.
@@ -167,8 +170,28 @@ def from_corner(first, count, old, new):
     first = new - count - first if mirrored else first
     stop = first + count
     used = min(stop * old // new + 2, old)
+    stop += stop == 1  # with a single pixel the kernel for plain processors errs
     stop += stop == used  # from and to equal sizes the kernel copies, whatever the scale
     return first, stop, slice(old - used, old) if mirrored else slice(used), mirrored
+
+
+def sample(image, size, window):
+    """`resize` for a window far from the corners: slower for each pixel, but nothing beside the window is made."""
+    top, left, h, w = window
+    rows, y = source_of(top, h, image.shape[0], size[0])
+    columns, x = source_of(left, w, image.shape[1], size[1])
+    grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
+    source = image[rows, columns].permute(2, 0, 1)[None].float()
+    out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=True)
+    return torch.from_numpy(out[0].round_().numpy().astype(np.uint8)).permute(1, 2, 0)  # Tensor.byte() is slow
+
+
+def source_of(first, count, old, new):
+    """Where `count` pixels, from `first` on, of a side of `new` lie on the side of `old` from which it is resized: the
+    slice of old pixels around them, and their places in it, -1 at its first pixel's centre to 1 at its last's."""
+    place = ((torch.arange(first, first + count, dtype=torch.float64) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
+    start, stop = int(place[0]), min(int(place[-1]) + 2, old)
+    return slice(start, stop), ((place - start) * (2 / max(stop - start - 1, 1)) - 1).float()
 
 
 class TrainData(Dataset):
@@ -187,8 +210,8 @@ class TrainData(Dataset):
         image, label = self.data[i]
         ratio = rng.uniform(*self.data.ratios)
         size = keep_ratio(label.shape, [int(side * ratio) or 1 for side in self.scale or label.shape])
-        # The label is resized to the nearest pixel on the image's own grid, and the crop is chosen on it; only what the
-        # crop shows is resized.
+        # The label is resized to the nearest pixel on the image's own grid, and the crop is chosen on it; the image is
+        # resized after that, no more of it than the crop needs.
         rows, columns = nearest(label.shape[0], size[0]), nearest(label.shape[1], size[1])
         for _ in range(11):
             top, left = (int(rng.integers(max(side - c, 0) + 1)) for side, c in zip(size, self.crop, strict=True))

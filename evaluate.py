@@ -29,8 +29,9 @@ from data import VOID, InputError, SegmentationData, keep_ratio, normalise, resi
 from layouts import CITYSCAPES_IDS
 from settings import AMP, PRESETS
 
-RATIOS = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5)  # the largest first: the others find its memory free
-# Windows and views go through the network together up to so many: a Cityscapes image's; a CPU gains nothing by more.
+RATIOS = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5)  # the largest first: the allocator has its memory for the others then
+# So many pixels of images, windows or views go through the network together: those of one Cityscapes image; on a CPU
+# those of 512x512, beyond which it gains nothing.
 BATCH_PIXELS = 2**21 if torch.cuda.is_available() else 2**18
 
 
