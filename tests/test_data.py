@@ -10,7 +10,20 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import MEAN, STD, VOID, Batches, SegmentationData, TrainData, distort, keep_ratio, nearest, resize, to_device
+from data import (
+    MEAN,
+    STD,
+    VOID,
+    Batches,
+    SegmentationData,
+    TrainData,
+    distort,
+    keep_ratio,
+    nearest,
+    resize,
+    sample,
+    to_device,
+)
 from layouts import InputError
 
 OPENCV = reference.arrays("opencv")
@@ -45,8 +58,9 @@ def test_resize_is_its_formula():
         exact = one_axis(one_axis(IMAGE.numpy().astype(float), h).swapaxes(0, 1), w).swapaxes(0, 1)
         assert np.abs(resize(IMAGE, (h, w)).numpy() - exact).max() <= 1.01
         (top, bottom), (left, right) = (sorted(rng.choice(side + 1, 2, replace=False).tolist()) for side in (h, w))
-        window = resize(IMAGE, (h, w), (top, left, bottom - top, right - left)).numpy()
-        assert np.abs(window - exact[top:bottom, left:right]).max() <= 1.01
+        window = top, left, bottom - top, right - left
+        assert np.abs(resize(IMAGE, (h, w), window).numpy() - exact[top:bottom, left:right]).max() <= 1.01
+        assert np.abs(sample(IMAGE, (h, w), window).numpy() - exact[top:bottom, left:right]).max() <= 0.51
 
 
 def test_nearest_lies_on_the_images_grid():
