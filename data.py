@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-import context
-import shapes
-from layouts import INVALID, LAYOUTS, VOID, InputError
+from support import context
+from support import scenes as shapes
+from support.layouts import INVALID, LAYOUTS, VOID, InputError
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
@@ -311,7 +311,7 @@ class Batches:
 
 
 if __name__ == "__main__":
-    import data_tools
-    from cli import run
+    from support.command import run
+    from tools import check_data as data_tools
 
     run(data_tools.main)

@@ -23,11 +23,11 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-import checkpoint
-from cli import Parser, ignore_signals, run, start_process, whole_number
 from data import VOID, InputError, SegmentationData, keep_ratio, normalise, resize
-from layouts import CITYSCAPES_IDS
-from settings import AMP, PRESETS
+from support import checkpoint
+from support.command import Parser, ignore_signals, run, start_process, whole_number
+from support.layouts import CITYSCAPES_IDS
+from support.settings import AMP, PRESETS
 
 RATIOS = (1.75, 1.5, 1.25, 1.0, 0.75, 0.5)  # the largest first: the allocator has its memory for the others then
 # So many pixels of images, windows or views go through the network together: those of one Cityscapes image; on a CPU

@@ -23,13 +23,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
-import data_tools
-import settings
-from cli import ignore_signals, run, start_process
 from data import Batches, InputError, SegmentationData, TrainData, to_device
 from evaluate import evaluate, predict, report
-from pictures import compare, curves
+from support import checkpoint, settings
+from support.command import ignore_signals, run, start_process
+from support.pictures import compare, curves
+from tools import check_data as data_tools
 
 SAVE_SECONDS = 300  # at most so much work is lost
 

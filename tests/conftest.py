@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,11 @@ def run_script(tmp_path):
 
     def run(script, *arguments, processes=None, status=0):
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes else []
-        command = [sys.executable, *launcher, ROOT / script, *arguments]
-        done = subprocess.run(
-            [str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
+        tool = script.startswith("tools/")
+        command = [sys.executable, *launcher, *(["-m", f"tools.{script[6:-3]}"] if tool else [ROOT / script]), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+        done = subprocess.run([str(part) for part in command], **options)
         assert done.returncode == status, done.stdout + done.stderr
         return done
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-import attention
-import checkpoint
 from ann import AsymmetricNonLocalBlock
 from gcnet import GCBlock, SimplifiedNonLocalBlock
-from layouts import InputError
 from nonlocal_net import NonLocalBlock
+from support import checkpoint
+from support.layouts import InputError
+from tools import attention
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -102,7 +102,7 @@ def test_cosine_distance_is_the_mean_over_all_pairs():
 @torch.no_grad()
 def test_statistics(models, folder, run_script):
     arguments = ("--statistics", "--data-root", folder, "--split", "train")
-    lines = run_script("attention.py", models["nonlocal_net"], models["gcnet"], *arguments).stdout.splitlines()
+    lines = run_script("tools/attention.py", models["nonlocal_net"], models["gcnet"], *arguments).stdout.splitlines()
     rows = {" ".join(words[:-3]): [float(value) for value in words[-3:]] for words in map(str.split, lines[2:])}
     assert "6 images" in lines[0]
     assert rows.pop("published: Cityscapes") == [0.315, 0.383, 0.354]

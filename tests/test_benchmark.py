@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-import benchmark
+from tools import benchmark
 
 SMALL = ["--depth", "18", "--size", "40", "56", "--classes", "5", "--warmup", "0", "--repeat", "1", "--json"]
 

@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import settings
-from checkpoint import begin_run
+from support import settings
+from support.checkpoint import begin_run
 
 SMALL = ("--depth", 18, "--crop-size", 32, 32, "--batch-size", 2, "--workers", 1)
 

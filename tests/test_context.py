@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-import context
 from data import VOID, SegmentationData, TrainData
+from support import context
 
 
 def test_the_sky_alone_decides_what_an_object_is():
@@ -42,7 +42,7 @@ def test_training_sees_scenes_whole():
 
 
 def test_the_ablation_is_one_command(run_script, tmp_path):
-    command = ("ablation.py", "--seeds", 1, "--model", "ann", "--iters")
+    command = ("tools/ablation.py", "--seeds", 1, "--model", "ann", "--iters")
     table = [line for line in run_script(*command, 1).stdout.splitlines() if line.startswith("|")]
     name, miou, span, parameters, multiply_adds, speed = table[2].strip("| ").split(" | ")
     assert len(table) == 3 and (name, parameters, multiply_adds) == ("ann", "12.62", "1.084")  # 10^6 and 10^9

@@ -24,7 +24,7 @@ from data import (
     sample,
     to_device,
 )
-from layouts import InputError
+from support.layouts import InputError
 
 OPENCV = reference.arrays("opencv")
 IMAGE = torch.tensor(reference.arrays("inputs")["image"])

@@ -9,11 +9,10 @@ from test_published import published
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import settings
 from gcnet import GCBlock, SimplifiedNonLocalBlock, add_gc_blocks
-from layouts import InputError
 from resnet_d8 import FCN, ResNetD8
+from support import checkpoint, settings
+from support.layouts import InputError
 
 GOLDEN = reference.arrays("context")
 
@@ -183,7 +182,7 @@ def test_commands(folder, run_script, tmp_path, monkeypatch):
     image = folder / "images/val/scene1.png"
     run_script("train.py", "--resume", "--out", "run")
     assert "mIoU" in run_script("evaluate.py", "run/last.pt").stdout
-    assert "1 images" in run_script("predict.py", image, "--checkpoint", "run/last.pt").stdout
+    assert "1 images" in run_script("tools/predict.py", image, "--checkpoint", "run/last.pt").stdout
 
     with pytest.raises(InputError, match="last.pt: does not fit.*context_block"):
         checkpoint.load_initial(

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data_tools
 from data import VOID, SegmentationData
-from layouts import InputError
+from support.layouts import InputError
+from tools import check_data as data_tools
 
 
 def image(path, size=(6, 4)):

@@ -17,7 +17,7 @@ from PIL import Image
 from test_commands import changed, same_weights, train_arguments
 
 # The real command, but it saves after every step, so that kills hit the writing too.
-OFTEN = "import train, cli; train.SAVE_SECONDS = 0; cli.run(train.main)"
+OFTEN = "import train; from support import command as cli; train.SAVE_SECONDS = 0; cli.run(train.main)"
 
 
 def start(arguments, folder, **options):
@@ -102,7 +102,7 @@ def test_gradients_of_two_processes(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, run_script, tmp_path):
-    run = "import train, cli; loss = train.segmentation_loss; train.segmentation_loss = {}; cli.run(train.main)"
+    run = "import train; from support import command as cli; loss = train.segmentation_loss; train.segmentation_loss = {}; cli.run(train.main)"
     broken = run.format("lambda *a: loss(*a) * (float('nan') if train.poly_lr.calls > 4 else 1)")
     counted = """
 import train

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ann import AsymmetricNonLocalBlock
-from checkpoint import MODELS
 from evaluate import fold_batchnorm, logits_by_rows, multi_scale_flip, slide_inference, whole_inference
 from gcnet import GCBlock, GCNet, SimplifiedNonLocalBlock, SNLNet
 from nonlocal_net import NonLocalBlock, NonLocalNet
 from resnet_d8 import FCN
+from support.checkpoint import MODELS
 from train import segmentation_loss
 
 PUBLISHED = ["gcnet", "nonlocal_net", "ann", "fcn"]

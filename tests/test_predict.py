@@ -6,10 +6,10 @@ import torch
 from conftest import write_scene
 from PIL import Image
 
-import checkpoint
 from data import read_image
-from layouts import CITYSCAPES_IDS, InputError
-from predict import find_images
+from support import checkpoint
+from support.layouts import CITYSCAPES_IDS, InputError
+from tools.predict import find_images
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_predict(model, run_script, tmp_path):
     (tmp_path / "photos/sub").mkdir(parents=True)
     for name, size in {"photos/a.jpg": (70, 40), "photos/sub/a.png": (1, 1), "b.PNG": (33, 47)}.items():
         Image.new("RGB", size, (200, 100, 50)).save(tmp_path / name)
-    done = run_script("predict.py", "photos", "*.PNG", "--checkpoint", model, "--out", "out")
+    done = run_script("tools/predict.py", "photos", "*.PNG", "--checkpoint", model, "--out", "out")
     assert "3 images: out/*_overlay.png" in done.stdout
     for name, size in {"a": (70, 40), "sub/a": (1, 1), "b": (33, 47)}.items():
         labels = Image.open(tmp_path / f"out/{name}_labels.png")
@@ -60,7 +60,7 @@ def test_predict(model, run_script, tmp_path):
         assert overlay.height > size[1]  # the legend below
         shade = np.asarray(overlay)[0, 0, 0]
         assert abs(int(shade) - (200 + coloured[0, 0, 0]) / 2) <= 3
-    missing = run_script("predict.py", "nothing*.jpg", "--checkpoint", model, status=2)
+    missing = run_script("tools/predict.py", "nothing*.jpg", "--checkpoint", model, status=2)
     assert missing.stderr == "predict.py: error: nothing*.jpg: there are no images there\n"
 
 

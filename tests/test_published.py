@@ -8,9 +8,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import checkpoint
-import zoo
-from layouts import InputError
+from support import checkpoint, zoo
+from support.layouts import InputError
 
 CONFIG = """
 norm_cfg = dict(type='SyncBN', requires_grad=True)

@@ -7,8 +7,8 @@ import torch
 from conftest import ROOT
 from test_attention import save_model
 
-import checkpoint
 from evaluate import whole_inference
+from support import checkpoint
 
 README = (ROOT / "README.md").read_text()
 EXPORT, ONNX = re.search(r"```python\n(.*?)(torch\.onnx\..*?)```", README, re.S).groups()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_commands import train_arguments
 
-from pictures import curves
+from support.pictures import curves
 
 
 def test_curves(tmp_path):

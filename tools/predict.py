@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
-from cli import Parser, run, start_process
 from data import InputError, read_image
 from evaluate import for_inference, predict
-from pictures import colour, with_legend
+from support import checkpoint
+from support.command import Parser, run, start_process
+from support.pictures import colour, with_legend
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 

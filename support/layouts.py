@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-import classes
+from support import classes
 
 VOID = 255  # no class here: neither trained on nor counted
 INVALID = 254  # a value that no label file of the data set may hold

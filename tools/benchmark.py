@@ -27,16 +27,15 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
 
-import checkpoint
-import zoo
 from ann import APNB
-from cli import Parser, run, whole_number
 from data import SegmentationData, TrainData, to_device
 from evaluate import for_inference, predict, slide_inference, whole_inference
 from gcnet import GCBlock
-from layouts import InputError
 from nonlocal_net import NonLocalBlock
-from settings import AMP, PRESETS, positive
+from support import checkpoint, zoo
+from support.command import Parser, run, whole_number
+from support.layouts import InputError
+from support.settings import AMP, PRESETS, positive
 from train import training_step
 
 SIDES = (24, 32, 48, 64, 97, 128, 181)  # of the maps in `grow`: 1/8 of 192 to 1448 pixels
@@ -209,7 +208,7 @@ def table(args):
 
 def measure(args, *task):
     """The result of a task in a process of its own, whose peak memory no other has raised."""
-    command = [sys.executable, __file__, *task, "--warmup", args.warmup, "--repeat", args.repeat, "--json"]
+    command = [sys.executable, "-m", "tools.benchmark", *task, "--warmup", args.warmup, "--repeat", args.repeat, "--json"]
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(f"{' '.join(str(word) for word in command[2:])}: ended with status {done.returncode}")

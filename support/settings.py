@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-import checkpoint
-from cli import Parser, whole_number
 from data import DRAWN
-from layouts import InputError
+from support import checkpoint
+from support.command import Parser, whole_number
+from support.layouts import InputError
 
 
 class Preset(NamedTuple):

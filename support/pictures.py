@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import read_log
+from support.checkpoint import read_log
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 

@@ -28,16 +28,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import checkpoint
-import zoo
 from ann import AsymmetricNonLocalBlock
-from cli import Parser, run, start_process, whole_number
 from data import InputError, SegmentationData, read_image
 from evaluate import predict
 from nonlocal_net import NonLocalBlock
-from pictures import INK, PAPER
-from predict import find_images
-from settings import PRESETS
+from support import checkpoint, zoo
+from support.command import Parser, run, start_process, whole_number
+from support.pictures import INK, PAPER
+from support.settings import PRESETS
+from tools.predict import find_images
 
 BLOCKS = {  # by their names below decode_head
     "nl_block": "non-local block",

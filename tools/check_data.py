@@ -13,11 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import classes
-from cli import Parser, whole_number
 from data import VOID, InputError, SegmentationData
-from layouts import find_root, read_names
-from settings import PRESETS
+from support import classes
+from support.command import Parser, whole_number
+from support.layouts import find_root, read_names
+from support.settings import PRESETS
 
 
 class Scan(Dataset):

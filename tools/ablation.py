@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-from cli import Parser, run
-from layouts import InputError
-from settings import PRESETS, positive
+from support import checkpoint
+from support.command import Parser, run
+from support.layouts import InputError
+from support.settings import PRESETS, positive
 
 MODELS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")
 HEAD = "| model | mIoU | lowest, highest | parameters (M) | multiply-adds (G) | images/s |\n|---|--:|--:|--:|--:|--:|"
@@ -32,7 +32,7 @@ def result(out, iters):
 
 def train(out, model, seed, iters):
     """Runs train.py, which goes on with what the folder holds."""
-    command = [sys.executable, Path(__file__).with_name("train.py"), "--dataset", "context", "--out", out]
+    command = [sys.executable, Path(__file__).parent.parent / "train.py", "--dataset", "context", "--out", out]
     command += ["--model", model, "--seed", seed, "--iters", iters]
     command += ["--resume"] * (out / "config.json").exists()
     process = subprocess.Popen([str(word) for word in command])

@@ -7,7 +7,7 @@ of the scene, behind empty ground: a model that sees an object and its surroundi
 import numpy as np
 from PIL import Image
 
-from shapes import COUNTS, finish, place
+from support.scenes import COUNTS, finish, place
 
 CLASSES = ("ground", "dusk", "day", "disc at dusk", "disc by day", "cross at dusk", "cross by day")
 PALETTE = ((70, 70, 70), (240, 150, 60), (110, 190, 250), (150, 40, 30), (250, 110, 90), (30, 110, 50), (130, 220, 110))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from layouts import InputError
+from support.layouts import InputError
 
 
 def start_process():

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-import zoo
 from ann import ANN
 from gcnet import GCNet, SNLNet, add_gc_blocks
-from layouts import InputError
 from nonlocal_net import NonLocalNet
 from resnet_d8 import FCN, ResNetD8
+from support import zoo
+from support.layouts import InputError
 
 MODELS = {"gcnet": GCNet, "nonlocal_net": NonLocalNet, "ann": ANN, "snlnet": SNLNet, "fcn": FCN}
 
