@@ -2,23 +2,21 @@
 
 Zhu, Xu, Bai, Huang, Bai (ICCV 2019), https://arxiv.org/abs/1908.07678
 
-A non-local block compares each of N positions with all N. Here the keys and values are sampled to S = 110 of them, by
-pyramid pooling to 1x1, 3x3, 6x6 and 8x8, so that time and memory are linear in N:
+A non-local block compares each of the HW positions with all of them. Here the keys and values are reduced to S = 110
+samples, the averages of pyramid pooling to 1x1, 3x3, 6x6 and 8x8 cells, so that time and memory are linear in HW:
 
     section 3.2                                     here, in AsymmetricNonLocalBlock
     phi = W_phi(X), theta = W_theta(X)              query, key: 1x1 convolution, BatchNorm, ReLU
     gamma = W_gamma(X)                              value: 1x1 convolution
-    theta_P = P(theta), gamma_P = P(gamma)          PyramidPooling
+    theta_P = P(theta), gamma_P = P(gamma)          PyramidPooling, of key and value
     V_P = softmax(phi^T theta_P)                    attention, scaled by 1/sqrt(256) in the published models
-    O_P = V_P gamma_P^T, W_o                        context, out_project
-    Y_P = cat(W_o(O_P^T), X)                        Concatenation, in APNB and AFNB, in place of a residual addition
+    O_P = V_P gamma_P^T                             context
+    W_o                                             out_project
+    Y_P = cat(W_o(O_P^T), X)                        bottleneck(cat(...)) of APNB and AFNB: no residual addition
 
     APNB, section 3.2   lets features attend to themselves; the published models share its query's and key's projection
     AFNB, section 3.3   fuses the last two stages: queries from c4, keys and values from c3 (the paper's Stage5, Stage4)
 """
-
-# fmt: off
-# (By hand, so that the shapes stand in a column.)
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +33,8 @@ class PyramidPooling(nn.Module):
 
 
 class AsymmetricNonLocalBlock(nn.Module):
-    """What the positions of `x` gather from 110 samples of `y`: (N, C_x, H, W) and (N, C_y, H, W) to (N, C_x, H, W),
-    or to (N, C, H, W) if forward is given the weights w (C, C_x, 1, 1) of a convolution that follows.
+    """What the positions of `x` gather from 110 samples of `y`: (N, C_x, H, W) and (N, C_y, H, W) to (N, C_x, H, W).
+    Starts as zero.
 
     shared  one projection serves as query and key
     """
@@ -51,37 +49,30 @@ class AsymmetricNonLocalBlock(nn.Module):
         nn.init.zeros_(self.out_project.weight)
         nn.init.zeros_(self.out_project.bias)
 
-    def forward(self, x, y, w=None):                                            # (N, C_x, H, W), (N, C_y, H, W)
-        query = self.query_project(x).flatten(2)                                # (N, 256, HW)
-        key = self.pool(self.key_project(y))                                    # (N, 256, S)
-        # Averaging commutes with W_gamma. So do W_o, its bias too since the attention's weights sum to one, and w with
-        # the attention. All are applied to the S samples instead of the HW positions.
-        value = self.out_project(self.value_project(self.pool(y)[..., None]))   # (N, C_x, S, 1)
-        value = value if w is None else F.conv2d(value, w)                      # (N, C, S, 1)
-        attention = (query.transpose(1, 2) @ key * key.shape[1] ** -0.5).softmax(2)  # (N, HW, S)
-        context = attention @ value[..., 0].transpose(1, 2)                     # (N, HW, C)
-        return context.transpose(1, 2).unflatten(2, x.shape[2:])                # (N, C, H, W)
+    def attention(self, x, y):                                  # (N, C_x, H, W), (N, C_y, H, W)
+        query = self.query_project(x).flatten(2)                # (N, 256, HW)
+        key = self.pool(self.key_project(y))                    # (N, 256, S)
+        logits = query.transpose(1, 2) @ key                    # (N, HW, S)
+        return (logits * key.shape[1] ** -0.5).softmax(dim=2)   # (N, HW, S)
 
-
-class Concatenation(ConvBNReLU):
-    """The 1x1 convolution W of cat(context, x) as W_1 context + W_2 x: `block` applies W_1 to its 110 samples."""
-
-    def forward(self, block, x, y):                             # (N, C_x, H, W), (N, C_y, H, W)
-        w_1, w_2 = (half.contiguous() for half in self.conv.weight.chunk(2, dim=1))
-        out = block(x, y, w_1) + F.conv2d(x, w_2, self.conv.bias)
-        return self.relu(self.bn(out))                          # (N, C, H, W)
+    def forward(self, x, y):                                    # (N, C_x, H, W), (N, C_y, H, W)
+        value = self.pool(self.value_project(y))                # (N, 256, S)
+        context = self.attention(x, y) @ value.transpose(1, 2)  # (N, HW, 256)
+        context_map = context.transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.out_project(context_map)                    # (N, C_x, H, W)
 
 
 class AFNB(nn.Module):
     """Asymmetric Fusion Non-local Block: stages 3 and 4 to features of stage 4's shape."""
 
-    def __init__(self, low_channels, high_channels, channels):
+    def __init__(self, c3_channels, c4_channels, channels):
         super().__init__()
-        self.stages = nn.ModuleList([AsymmetricNonLocalBlock(high_channels, low_channels, channels, shared=False)])
-        self.bottleneck = Concatenation(2 * high_channels, high_channels, 1, relu=False)
+        self.stages = nn.ModuleList([AsymmetricNonLocalBlock(c4_channels, c3_channels, channels, shared=False)])
+        self.bottleneck = ConvBNReLU(2 * c4_channels, c4_channels, 1, relu=False)
 
     def forward(self, c3, c4):                                  # (N, 1024, H, W), (N, 2048, H, W)
-        return self.bottleneck(self.stages[0], c4, c3)          # (N, 2048, H, W)
+        context = self.stages[0](c4, c3)                        # (N, 2048, H, W)
+        return self.bottleneck(torch.cat([context, c4], 1))     # (N, 2048, H, W)
 
 
 class APNB(nn.Module):
@@ -90,10 +81,11 @@ class APNB(nn.Module):
     def __init__(self, in_channels, channels):
         super().__init__()
         self.stages = nn.ModuleList([AsymmetricNonLocalBlock(in_channels, in_channels, channels, shared=True)])
-        self.bottleneck = Concatenation(2 * in_channels, in_channels, 1)
+        self.bottleneck = ConvBNReLU(2 * in_channels, in_channels, 1)
 
     def forward(self, x):                                       # (N, 512, H, W)
-        return self.bottleneck(self.stages[0], x, x)            # (N, 512, H, W)
+        context = self.stages[0](x, x)                          # (N, 512, H, W)
+        return self.bottleneck(torch.cat([context, x], 1))      # (N, 512, H, W)
 
 
 class ANNHead(Head):

@@ -7,7 +7,7 @@ A non-local block weighs all positions anew for every query, yet the trained wei
 
     SNL, eq. 3:  z_i = x_i + W_v  sum_j a_j x_j                         a_j = exp(W_k x_j) / sum_m exp(W_k x_m)
     GC,  eq. 5:  z_i = x_i + W_v2 ReLU(LN(W_v1 sum_j a_j x_j))
-    SE:          z_i = x_i * sigmoid(W_v2 ReLU(W_v1 sum_j a_j x_j))     a_j = 1 / HW; here with GC's LN
+    SE:          z_i = x_i * sigmoid(W_v2 ReLU(W_v1 sum_j a_j x_j))     a_j = 1 / HW; GCBlock keeps the LN
 
     framework, eq. 4                 here
     context modelling, W_k           global_attention_pooling, conv_mask; pooling="avg": the mean
@@ -19,9 +19,6 @@ A non-local block weighs all positions anew for every query, yet the trained wei
 The block sits between the two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models;
 `add_gc_blocks` puts it into the backbone, as in the paper's other experiments.
 """
-
-# fmt: off
-# (By hand, so that the shapes stand in a column.)
 
 from torch import nn
 
@@ -87,7 +84,8 @@ class GCBlock(nn.Module):
 
 
 def add_gc_blocks(resnet, ratio):
-    """Ends each residual branch of c3 to c5 with a GC block (section 5.1, "after 1x1"); takes torchvision's too."""
+    """Ends each residual branch of layer2 to layer4, the paper's c3 to c5, with a GC block (section 5.1, "after 1x1").
+    Takes torchvision's ResNets too."""
     for block in (*resnet.layer2, *resnet.layer3, *resnet.layer4):
         last = "bn3" if hasattr(block, "bn3") else "bn2"
         bn = getattr(block, last)
@@ -96,6 +94,25 @@ def add_gc_blocks(resnet, ratio):
             block.context_block = gc_block
         else:  # torchvision's
             setattr(block, last, nn.Sequential(bn, gc_block))
+
+
+class SNLHead(FCNHead):
+    """The FCN head with an SNL block between its first two convolutions."""
+
+    def __init__(self, in_channels, channels, num_classes):
+        super().__init__(in_channels, channels, num_classes)
+        self.snl_block = SimplifiedNonLocalBlock(channels)
+
+    def context(self, x):                                       # (N, 512, H, W)
+        return self.snl_block(x)
+
+
+class SNLNet(Segmentor):
+    """The ablation's step between NonLocalNet and GCNet; the arguments, input and output are Segmentor's."""
+
+    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
+        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+        self.decode_head = SNLHead(self.backbone.channels[3], self.channels, num_classes)
 
 
 class GCHead(FCNHead):
@@ -115,22 +132,3 @@ class GCNet(Segmentor):
     def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
         super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
         self.decode_head = GCHead(self.backbone.channels[3], self.channels, num_classes)
-
-
-class SNLHead(FCNHead):
-    """The FCN head with a simplified non-local block there."""
-
-    def __init__(self, in_channels, channels, num_classes):
-        super().__init__(in_channels, channels, num_classes)
-        self.snl_block = SimplifiedNonLocalBlock(channels)
-
-    def context(self, x):                                       # (N, 512, H, W)
-        return self.snl_block(x)
-
-
-class SNLNet(Segmentor):
-    """The ablation's step between NonLocalNet and GCNet; the arguments, input and output are Segmentor's."""
-
-    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
-        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
-        self.decode_head = SNLHead(self.backbone.channels[3], self.channels, num_classes)

@@ -21,11 +21,6 @@ The published models scale the embedded Gaussian's logits by 1/sqrt(channels), w
 between the two 3x3 convolutions of an FCN head.
 """
 
-# fmt: off
-# (By hand, so that the shapes stand in a column.)
-
-from collections import OrderedDict
-
 import torch.nn.functional as F
 from torch import nn
 
@@ -33,11 +28,12 @@ from resnet_d8 import ConvBNReLU, FCNHead, Segmentor
 
 
 def projection(in_channels, out_channels):
-    """theta, phi or g: a 1x1 convolution, normal of deviation 0.01, under the published name `conv`."""
-    conv = nn.Conv2d(in_channels, out_channels, 1)
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
-    return nn.Sequential(OrderedDict(conv=conv))
+    """theta, phi or g: a 1x1 convolution, under the published name `conv`."""
+    layers = nn.Sequential()
+    layers.conv = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.normal_(layers.conv.weight, std=0.01)
+    nn.init.zeros_(layers.conv.bias)
+    return layers
 
 
 def tokens(x):                                              # (N, C, H, W)
@@ -64,7 +60,8 @@ class NonLocalBlock(nn.Module):
             self.theta = projection(channels, inner)
             self.phi = projection(channels, inner)
         if mode == "concatenation":
-            self.concat_project = nn.Sequential(OrderedDict(conv=nn.Conv2d(2 * inner, 1, 1, bias=False)))
+            self.concat_project = nn.Sequential()
+            self.concat_project.conv = nn.Conv2d(2 * inner, 1, 1, bias=False)
             nn.init.kaiming_normal_(self.concat_project.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):                                   # (N, C, H, W)
@@ -75,8 +72,8 @@ class NonLocalBlock(nn.Module):
             theta = tokens(self.theta(x))                   # (N, HW, C/2)
             phi = tokens(self.phi(x))                       # (N, HW, C/2)
         y = getattr(self, self.mode)(theta, phi, g)         # (N, HW, C/2)
-        y = y.transpose(1, 2).unflatten(2, x.shape[2:])     # (N, C/2, H, W)
-        return x + self.conv_out(y)                         # (N, C, H, W)
+        y_map = y.transpose(1, 2).unflatten(2, x.shape[2:]) # (N, C/2, H, W)
+        return x + self.conv_out(y_map)                     # (N, C, H, W)
 
     # sum_j f(x_i, x_j) g(x_j) / C(x) of each mode: theta, phi, g (N, HW, channels) to y (N, HW, C/2).
 
@@ -99,7 +96,7 @@ class NonLocalBlock(nn.Module):
 
 
 def attend(theta, phi, g, scale):
-    """softmax_j(scale theta_i . phi_j) g_j, without holding the HW x HW weights at once."""
+    """sum_j softmax_j(scale theta_i . phi_j) g_j, without holding the HW x HW weights at once."""
     heads = (t[:, None] for t in (theta, phi, g))           # one head: (N, 1, HW, channels)
     return F.scaled_dot_product_attention(*heads, scale=scale)[:, 0]
 

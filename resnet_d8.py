@@ -7,11 +7,9 @@
     images -> ResNetD8 -> c1 (1/4 size), c2, c3, c4 (1/8) -> decode_head(c4) -> logits at 1/8 -> resized to the images
                                          c3 -> auxiliary_head -> logits of the auxiliary loss, in training only
 
-Parameter names are those of the published checkpoints, so that these load as they are.
+Parameter names are those of the published checkpoints, so that these load as they are. The shapes in the comments are
+those of depth 50 and 101; with 18 and 34 all stages and heads have a quarter of the channels.
 """
-
-# fmt: off
-# (By hand, so that the shapes stand in a column.)
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +38,7 @@ def shortcut(in_channels, out_channels, stride):
 
 
 class BasicBlock(nn.Module):
-    """The residual block of ResNet-18 and 34. Only its first convolution carries stride and dilation."""
+    """The residual block of ResNet-18 and 34: only its first convolution has stride and dilation."""
 
     expansion = 1
 
@@ -87,8 +85,15 @@ class Bottleneck(nn.Module):
         return F.relu(out, inplace=True)
 
 
+def stage(block, in_channels, channels, count, stride, dilation):
+    """Residual blocks. The first has the stride, and half the dilation, since its input is of the stage before."""
+    first = block(in_channels, channels, stride, max(dilation // 2, 1))
+    others = [block(channels * block.expansion, channels, 1, dilation) for _ in range(count - 1)]
+    return nn.Sequential(first, *others)
+
+
 class ResNetD8(nn.Module):
-    """ResNet-v1c (three 3x3 convolutions for the 7x7) of output stride 8: dilation replaces the last two strides."""
+    """ResNet-v1c (three 3x3 convolutions instead of the 7x7) of output stride 8: dilation replaces the last strides."""
 
     BLOCKS = {
         18: (BasicBlock, (2, 2, 2, 2)),
@@ -107,22 +112,18 @@ class ResNetD8(nn.Module):
             nn.Conv2d(half, stem_channels, 3, 1, 1, bias=False), nn.BatchNorm2d(stem_channels), nn.ReLU(inplace=True),
         )
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        in_channels, self.channels = stem_channels, [c * block.expansion for c in (64, 128, 256, 512)]
-        for i, (count, stride, dilation) in enumerate(zip(counts, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)):
-            # The first block of a dilated stage sees the previous stage's grid: half the dilation.
-            dilations = [max(dilation // 2, 1)] + [dilation] * (count - 1)
-            blocks = []
-            for d in dilations:
-                blocks.append(block(in_channels, 64 * 2**i, stride, d))
-                in_channels, stride = self.channels[i], 1
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.channels = [channels * block.expansion for channels in (64, 128, 256, 512)]  # of c1 to c4
+        self.layer1 = stage(block, stem_channels, 64, counts[0], stride=1, dilation=1)
+        self.layer2 = stage(block, self.channels[0], 128, counts[1], stride=2, dilation=1)
+        self.layer3 = stage(block, self.channels[1], 256, counts[2], stride=1, dilation=2)
+        self.layer4 = stage(block, self.channels[2], 512, counts[3], stride=1, dilation=4)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images):              # (N, 3, H, W)
         x = self.maxpool(self.stem(images)) # (N, 64, H/4, W/4)
-        c1 = self.layer1(x)                 # (N, 256, H/4, W/4), a quarter of the channels in ResNet-18 and 34
+        c1 = self.layer1(x)                 # (N, 256, H/4, W/4)
         c2 = self.layer2(c1)                # (N, 512, H/8, W/8)
         c3 = self.layer3(c2)                # (N, 1024, H/8, W/8)
         c4 = self.layer4(c3)                # (N, 2048, H/8, W/8)
@@ -180,8 +181,8 @@ class Segmentor(nn.Module):
     mode, and in training mode the pair (logits, aux_logits), both (N, K, H, W).
 
     num_classes    K
-    depth          of the ResNet: 18, 34, 50 or 101; with 18 and 34 the heads have a quarter of the channels too
-    align_corners  how the logits are resized: True with the 769x769 settings, whose grid of 97 fits exactly
+    depth          of the ResNet: 18, 34, 50 or 101
+    align_corners  how the logits are resized: True for crops of 769 = 8 * 96 + 1, to which a grid of 97 fits exactly
     stem_channels  64, or 128 for the wider stem of GCNet's Cityscapes ablation
     aux_channels   of the auxiliary head: 256, or 512 in that ablation
     """
@@ -189,6 +190,7 @@ class Segmentor(nn.Module):
     def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
         super().__init__()
         slim = 4 if depth < 50 else 1
+        self.num_classes = num_classes
         self.align_corners = align_corners
         self.channels = 512 // slim  # of the decode head, which the subclass builds
         self.backbone = ResNetD8(depth, stem_channels)
@@ -198,9 +200,9 @@ class Segmentor(nn.Module):
         return self.decode_head(c4)
 
     def coarse(self, images):                               # (N, 3, H, W)
-        """The heads' logits, both (N, K, H/8, W/8) rounded up; the auxiliary ones in training mode, else None."""
-        c3, c4 = self.backbone(images)[2:]                  # c1 and c2 are given up here, before the heads need room
-        return self.decode(c3, c4), self.auxiliary_head(c3) if self.training else None
+        """The logits of both heads, (N, K, H/8, W/8) rounded up; in eval mode the auxiliary ones are None."""
+        c3, c4 = self.backbone(images)[2:]                  # c1 and c2 are freed before the heads need memory
+        return self.decode(c3, c4), (self.auxiliary_head(c3) if self.training else None)
 
     def forward(self, images):                              # (N, 3, H, W)
         logits, aux_logits = self.coarse(images)            # (N, K, H/8, W/8)
@@ -209,7 +211,7 @@ class Segmentor(nn.Module):
         return self.resize(logits, images), self.resize(aux_logits, images)
 
     def resize(self, logits, images):
-        # Under autocast too, the resize and what follows are in full precision. Channels first, for the loss.
+        # In full precision under autocast too. Contiguous (channels first), as the loss needs it.
         logits = logits.to(images.dtype).contiguous()
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
 

@@ -1,19 +1,16 @@
-"""Checkpoints: what a run leaves behind, and what builds a model again.
+"""Checkpoints, and the models by name.
 
 A checkpoint is a plain dict that torch.load(..., weights_only=True) reads:
 
     model       state dict; the parameter names are those of the published models
-    config      what building and evaluating the model needs, and the arguments of the run
-    optimizer, scaler, iteration, best_miou     where a run goes on
+    config      the run's settings, some of which build the model and evaluate it
+    optimizer, scaler, iteration, best_miou     what else a run needs in order to continue
 
 No state of random numbers is needed: all that train.py draws follows from the seed and the iteration.
 """
 
-import contextlib
-import json
-import os
 import re
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -22,9 +19,21 @@ from gcnet import GCNet, SNLNet, add_gc_blocks
 from nonlocal_net import NonLocalNet
 from resnet_d8 import FCN, ResNetD8
 from support import zoo
-from support.layouts import InputError
+from support.command import InputError, rank_and_world
+from support.files import replace
 
 MODELS = {"gcnet": GCNet, "nonlocal_net": NonLocalNet, "ann": ANN, "snlnet": SNLNet, "fcn": FCN}
+
+
+@dataclass
+class State:
+    """What training changes, and a checkpoint keeps."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    iteration: int = 0  # the steps taken
+    best_miou: float = -1.0  # of all validations
 
 
 def build_model(config):
@@ -35,60 +44,21 @@ def build_model(config):
     return model
 
 
-def save(state, path):
-    """Writes a checkpoint."""
-    replace(path, lambda file: torch.save(state, file))
+# ------------------------------------------------------------------------------------------------------------ writing
 
 
-def replace(path, write):
-    """Has write(file) fill a new file, then puts it in the place of `path`, which at any moment is whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        while error.__context__:  # torch's own complaint hides the disk's
-            error = error.__context__
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        kept = "; the one before it is whole" if path.exists() else ""
-        raise InputError(f"{path}: cannot be written ({error}){kept}") from None
+def save(state, config, path):
+    """Writes a State and the run's config as a checkpoint. Raises InputError if it cannot; the file before it stays."""
+    saved = {name: getattr(state, name).state_dict() for name in ("model", "optimizer", "scaler")}
+    saved |= {"config": config, "iteration": state.iteration, "best_miou": state.best_miou}
+    replace(path, lambda file: torch.save(saved, file))
 
 
-def begin_run(folder, config, start):
-    """Makes a run's folder, or readies it to go on at an iteration: the log loses what was written after that."""
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    replace(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode() + b"\n"))
-    kept = [json.dumps(line) + "\n" for line in read_log(folder) if line["iteration"] < start]
-    replace(folder / "log.jsonl", lambda file: file.write("".join(kept).encode()))
-
-
-def read_log(folder):
-    """The lines of a run's log.jsonl, as dicts."""
-    log, lines = folder / "log.jsonl", []
-    for text in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        with contextlib.suppress(ValueError):  # a machine that went down may leave anything
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("iteration"), int):
-                lines.append(line)
-    return lines
-
-
-def read_config(folder):
-    """The config of the run in a folder."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder}: holds no run to go on with; --out names the folder of one") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'}: is damaged ({error})") from None
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def read(path):
-    """What torch.save wrote to a file, on the CPU. No code in the file is ever run."""
+    """What torch.save wrote to a file, on the CPU. No code in the file is ever run. Raises InputError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can meet any of them
@@ -102,15 +72,15 @@ def read(path):
 
 
 def load(source):
-    """The checkpoint of a path, a URL, or a published model's name, as the module says."""
+    """The checkpoint, as the module says, of a path, a URL, or a published model's name. Raises InputError."""
     path = zoo.locate(source)
-    state = read(path)
-    if isinstance(state, dict) and "state_dict" in state:
-        return zoo.convert(state, path)
-    config = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(config, dict) or "model" not in state:
+    saved = read(path)
+    if isinstance(saved, dict) and "state_dict" in saved:
+        return zoo.convert(saved, path)
+    config = saved.get("config") if isinstance(saved, dict) else None
+    if not isinstance(config, dict) or "model" not in saved:
         raise InputError(f"{path}: is no checkpoint of a model; it has no config and model, nor state_dict and meta")
-    if not isinstance(state["model"], dict):
+    if not isinstance(saved["model"], dict):
         raise InputError(f"{path}: its model is no dict of weights")
     if not config.get("classes"):
         raise InputError(f"{path}: does not say how many classes its model has")
@@ -118,11 +88,11 @@ def load(source):
     if missing or config["model"] not in MODELS or config["depth"] not in ResNetD8.BLOCKS:
         what = ", ".join(sorted(missing)) or "a model and depth of this project"
         raise InputError(f"{path}: its config does not name {what}")
-    return state
+    return saved
 
 
 def load_weights(module, weights, source):
-    """load_state_dict, strictly; the first name or shape that does not fit is the message."""
+    """load_state_dict, strictly. InputError names the first weight that does not fit, or is not finite."""
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -135,10 +105,24 @@ def load_weights(module, weights, source):
 
 def load_model(source):
     """(model, config) of a checkpoint, on the CPU; source is that of `load`."""
-    state = load(source)
-    model = build_model(state["config"])
-    load_weights(model, state["model"], source)
-    return model, state["config"]
+    saved = load(source)
+    model = build_model(saved["config"])
+    load_weights(model, saved["model"], source)
+    return model, saved["config"]
+
+
+def restore(state, saved, iters, source):
+    """Puts the checkpoint `saved`, of a run of `iters` steps, into a State. Raises InputError if it is none."""
+    if {"optimizer", "scaler", "iteration", "best_miou"} - saved.keys() or saved["iteration"] > iters:
+        raise InputError(f"{source}: is no state of a run of {iters} steps; --init takes its weights alone")
+    load_weights(state.model, saved["model"], source)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scaler.load_state_dict(saved["scaler"])
+    state.iteration = saved["iteration"]
+    state.best_miou = saved["best_miou"]
+
+
+# ------------------------------------------------------------------------------------------- what a new run starts from
 
 
 def context_blocks(module):
@@ -147,7 +131,7 @@ def context_blocks(module):
 
 
 def load_backbone(model, source, depth):
-    """Starts the model's backbone from ImageNet weights: "imagenet", a path or URL, or "none"."""
+    """Starts the model's backbone from ImageNet weights: "imagenet", a path or URL, or "none". Raises InputError."""
     if source == "none":
         return
     if source == "imagenet":
@@ -155,30 +139,26 @@ def load_backbone(model, source, depth):
             raise InputError(f"--pretrained imagenet: there are such weights for depth 50 and 101, not {depth}")
         source = zoo.BACKBONES[depth]
     try:
-        weights = read(zoo.locate(source))
+        saved = read(zoo.locate(source))
     except InputError as error:
         raise InputError(f"{error}; without ImageNet weights: --pretrained none") from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else None
-    if not isinstance(weights, dict):
+    named = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if not isinstance(named, dict):
         raise InputError(f"--pretrained {source}: holds no weights by name")
-    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    weights = {name: value for name, value in named.items() if not name.startswith("fc.")}
     load_weights(model.backbone, context_blocks(model.backbone) | weights, source)
 
 
 def load_initial(model, source):
-    """Starts the model from a checkpoint, but for the classifiers where their class counts differ. Says what it did."""
+    """Starts the model from a checkpoint, but for classifiers with another number of classes; prints what was loaded.
+
+    source is that of `load`. Raises InputError.
+    """
     own, given = model.state_dict(), load(source)["model"]
     weights = context_blocks(model) | given
     kept = {key for key in weights if "conv_seg" in key and key in own and weights[key].shape != own[key].shape}
     load_weights(model, {key: own[key] if key in kept else weights[key] for key in weights}, source)
     classifiers = "but the classifiers, which start anew: other classes" if kept else "classifiers too"
     fresh = "; the backbone's GC blocks start anew" if len(weights) > len(given) else ""
-    return f"--init {source}: all weights, {classifiers}{fresh}"
-
-
-def newest_run(root="runs"):
-    """The folder below root whose checkpoint was written last."""
-    runs = sorted(Path(root).glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise InputError(f"{root}/: holds no run yet; name a checkpoint, or train one with: python train.py")
-    return runs[-1].parent
+    if rank_and_world()[0] == 0:
+        print(f"--init {source}: all weights, {classifiers}{fresh}")

@@ -1,4 +1,4 @@
-"""What the commands share: the parser, the process among its like, and mistakes as one line."""
+"""What every command needs: the parser, a mistake as one line, the process's device and rank, Ctrl-C and SIGTERM."""
 
 import argparse
 import multiprocessing
@@ -13,27 +13,25 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from support.layouts import InputError
+
+class InputError(Exception):
+    """The user's input is at fault, not the program: `run_command` prints the message alone and exits with status 2."""
 
 
-def start_process():
-    """(device, rank, world) of this process, alone or one of torchrun's."""
-    cuda = torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        # torchrun keeps its store over restarts: without the prefix a rank may read where a dead one listened.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-    return device, rank, world
+# -------------------------------------------------------------------------------------------------- the command line
 
 
-def ignore_signals(worker):
-    """For data-loading workers: Ctrl-C and SIGTERM, sent to all, are the main process's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Parser(argparse.ArgumentParser):
+    """Shows a module's docstring as it is written. Raises InputError for a mistake on the command line."""
+
+    def __init__(self, description=None, **options):
+        spec = sys.modules["__main__"].__spec__  # of a module that was run with -m
+        prog = f"python -m {spec.name}" if spec else None
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=formatter, **options)
+
+    def error(self, message):
+        raise InputError(message)
 
 
 def whole_number(text):
@@ -43,57 +41,124 @@ def whole_number(text):
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    """Shows a module's docstring as it is written; a mistake on the command line is one line like any other."""
-
-    def __init__(self, description=None, **options):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message):
-        raise InputError(message)
+def positive(text):
+    """A whole number from 1, for argparse."""
+    if whole_number(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
+    return int(text)
 
 
-def end(status):
-    """Exits at once, without waiting for what an orderly exit would join: data-loading workers, other processes."""
-    sys.stdout.flush()
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    os._exit(status)
+# ----------------------------------------------------------------------------------------------------- the processes
 
 
-def run(main):
-    """Calls main(). What its user can mend is one line on stderr and exit status 2, not a traceback."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter of a class's name ends no run
+def start_process(deterministic=False):
+    """Sets torch up, and joins the processes that torchrun has started into one group. Returns this one's device."""
+    torch.set_flush_denormal(True)  # fresh weights drive activations to denormals, on which a CPU is slow
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    cuda = torch.cuda.is_available()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        # torchrun keeps its store over restarts: without the prefix a rank may read where a dead one listened.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    return device
+
+
+def rank_and_world():
+    """This process's number among those that work together, from 0, and how many they are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(tensor):
+    """The tensor, after it has been replaced by its sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# -------------------------------------------------------------------------------------------------------- the signals
+
+
+def collect_signals():
+    """A list to which SIGINT and SIGTERM are added from now on, instead of ending the process; a second one ends it."""
+    received = []
+
+    def add(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, add)
+    return received
+
+
+def ignore_signals(worker):
+    """For data-loading workers: Ctrl-C and SIGTERM reach them too, but the main process decides what follows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------------- how it ends
+
+
+def run_command(main):
+    """Calls main(). A mistake that the user can correct is one line on stderr and exit status 2, not a traceback."""
+    sys.stdout.reconfigure(errors="replace")  # a class's name may hold letters that the terminal lacks
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = str(error) or type(error).__name__
-        # What a data-loading worker raises arrives with its traceback as text; the message is the end of it.
-        if isinstance(error, InputError):
-            message = message.rpartition("InputError: ")[2]
-        elif isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
-            message = "out of memory; to train, lower --batch-size or --crop-size, or try --amp bf16; "
-            message += "to evaluate, leave out --aug, or make the images smaller"
-        elif "DataLoader worker (pid" in message or isinstance(error, (EOFError, ConnectionError)):
-            message = f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
-        elif "shared memory" in message:
-            message = "/dev/shm is full; lower --workers, or give the container more (docker run --shm-size=8g)"
-        elif dist.is_initialized() and "peer" in message:
-            end(1)  # another process has failed: the message is its own
-        elif isinstance(error, (FileExistsError, NotADirectoryError)):
-            message = f"{error.filename}: a file stands where a folder must be; move it, or name another folder"
-        elif isinstance(error, OSError):
-            message = message.splitlines()[-1]
-        else:
-            traceback.print_exc()
-            end(1)  # an orderly exit would wait for workers that wait for work
-        if os.environ.get("RANK", "0") != "0":  # what all processes meet, the first one says: torchrun ends the others
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(2)
-        start = "\n" if dist.is_initialized() else ""  # another process's progress bar may stand on the line
-        print(f"{start}{Path(sys.argv[0]).name}: error: {message.strip()}", file=sys.stderr, flush=True)
-        end(2)
+        fail(error)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def fail(error):
+    """Ends the process: with one line and status 2 if the user can do something, else with a traceback and 1."""
+    message = explain(error)
+    if message is None:
+        if not (dist.is_initialized() and "peer" in str(error)):  # else another process has failed, and says why
+            traceback.print_exception(error)
+        end(1)
+    # All processes meet the user's mistake. The first reports it, and torchrun ends the others while they wait here.
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+    start = "\n" if dist.is_initialized() else ""  # another process's progress bar may stand on the line
+    print(f"{start}{Path(sys.argv[0]).name}: error: {message.strip()}", file=sys.stderr, flush=True)
+    end(2)
+
+
+def explain(error):
+    """What went wrong and what to do about it, in one line; None if the error is the program's own."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, InputError):
+        return message.rpartition("InputError: ")[2]  # from a data-loading worker it arrives behind a traceback
+    if isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
+        return (
+            "out of memory; to train, lower --batch-size or --crop-size, or try --amp bf16; "
+            "to evaluate, leave out --aug, or make the images smaller"
+        )
+    if "DataLoader worker (pid" in message or isinstance(error, (EOFError, ConnectionError)):
+        return f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
+    if "shared memory" in message:
+        return "/dev/shm is full; lower --workers, or give the container more (docker run --shm-size=8g)"
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{error.filename}: a file stands where a folder must be; move it, or name another folder"
+    if isinstance(error, OSError):
+        return message.splitlines()[-1]
+    return None
+
+
+def end(status):
+    """Exits at once: an orderly exit would wait for data-loading workers, which wait for work, and other processes."""
+    sys.stdout.flush()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)

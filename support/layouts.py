@@ -5,55 +5,54 @@
     cityscapes  leftImg8bit/{train,val,test}/*/*_leftImg8bit.png, gtFine/{train,val,test}/*/*_gtFine_labelIds.png
     voc12aug    JPEGImages/*.jpg, SegmentationClass{,Aug}/*.png, ImageSets/Segmentation/{train,aug,val}.txt
 
-Each function takes the root and a split and returns
-
-    files             list of (image path, label path, or None where the split has no labels)
-    classes, palette  names and RGB colours
-    table             uint8 (256,): the class of each value in a label file, VOID or INVALID
+Each of the four functions takes the data set's root (None: its name below data/) and the split's name, and returns
+images.Files. It raises InputError where files are missing or cannot be told apart.
 """
 
+import glob
 import os
 from pathlib import Path
 
 import numpy as np
 
 from support import classes
+from support.command import InputError
+from support.images import INVALID, VOID, Files
 
-VOID = 255  # no class here: neither trained on nor counted
-INVALID = 254  # a value that no label file of the data set may hold
-
-
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images without labels
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # label id of each of the 19 train ids
 
 
-class InputError(Exception):
-    """The input is at fault, not the program: commands show the message alone and exit with status 2."""
-
-
-def find_root(root, marker, parents=(), name=None):
-    """The folder that holds `marker`: root itself or root/parent. If none does, says the layout of data set `name`."""
+def find_root(root, name, marker, parents=()):
+    """The folder that holds `marker`: root or root/parent. If none does, InputError tells the layout of `name`."""
+    root = Path(root or f"data/{name}").expanduser()
     for folder in (root, *(root / parent for parent in parents)):
         if (folder / marker).is_dir():
             return folder
-    layout = next((line.split(maxsplit=1)[1] for line in __doc__.splitlines() if f"    {name} " in line), f"{marker}/")
-    raise InputError(f"{root}: there is no {marker}/ in it; it must be the folder (--data-root) that holds {layout}")
+    layout = next((line.split(maxsplit=1)[1] for line in __doc__.splitlines() if f"    {name} " in line), None)
+    what = f"folder (--data-root) that holds {layout}" if layout else f"folder that holds {marker}/"
+    raise InputError(f"{root}: there is no {marker}/ in it; it must be the {what}")
+
+
+def files_by_name(folder, ends):
+    """{path below `folder` without its ending: path} of the files with one of the endings `ends`, sorted."""
+    found = {}
+    paths = (Path(place, file) for place, _, files in os.walk(folder, followlinks=True) for file in files)
+    for path in sorted(path for path in paths if not path.name.startswith(".")):
+        name = path.relative_to(folder).as_posix()
+        end = next((end for end in ends if name.lower().endswith(end.lower())), None)
+        if end and found.setdefault(name[: -len(end)], path) != path:
+            raise InputError(f"{path}: has the same name as {found[name[: -len(end)]].name}; which of them counts?")
+    return found
 
 
 def match(images, image_ends, labels, label_ends):
     """(image, label) paths whose names below the two folders are equal up to their endings, in sorted order.
-    Labels are None where their folder does not exist, as in the test splits of some data sets."""
 
-    def index(folder, ends):
-        found = {}
-        paths = (Path(place, file) for place, _, files in os.walk(folder, followlinks=True) for file in files)
-        for path in sorted(path for path in paths if not path.name.startswith(".")):
-            name = path.relative_to(folder).as_posix()
-            end = next((end for end in ends if name.lower().endswith(end.lower())), None)
-            if end and found.setdefault(name[: -len(end)], path) != path:
-                raise InputError(f"{path}: has the same name as {found[name[: -len(end)]].name}; which of them counts?")
-        return found
-
-    found, labelled = index(images, image_ends), index(labels, label_ends)
+    Labels are None where their folder does not exist, as in the test splits of some data sets. Raises InputError where
+    an image has no label, or two files have one name.
+    """
+    found, labelled = files_by_name(images, image_ends), files_by_name(labels, label_ends)
     if not labels.is_dir():
         return [(path, None) for path in found.values()]
     missing = [name for name in found if name not in labelled]
@@ -63,10 +62,10 @@ def match(images, image_ends, labels, label_ends):
     return [(path, labelled[name]) for name, path in found.items()]
 
 
-def read_names(path, hint=""):
-    """The lines of a text file that lists names."""
+def read_lines(path, hint=""):
+    """The lines of a text file, stripped. Raises InputError; `hint` says what to do if the file is missing."""
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise InputError(f"{path}: missing{hint}") from None
     except UnicodeDecodeError as error:
@@ -86,61 +85,79 @@ def identity(count):
     return label_table({i: i for i in range(count)})
 
 
+# ---------------------------------------------------------------------------------------------------- the data sets
+
+
 def folder(root, split):
-    root = find_root(root, "images", name="folder")
+    root = find_root(root, "folder", "images")
     hint = "; it must name the classes, one a line, in the order of labels"
-    names = [name.strip() for name in read_names(root / "classes.txt", hint)]
+    names = read_lines(root / "classes.txt", hint)
     if not 1 <= len(names) <= INVALID:
         raise InputError(f"{root / 'classes.txt'}: names {len(names)} classes; there may be 1 to {INVALID}")
     for line, name in enumerate(names, 1):
-        if not name.strip() or name in names[: line - 1]:
-            raise InputError(
-                f"{root / 'classes.txt'}: line {line} is {'a second ' + name if name.strip() else 'empty'}"
-            )
-    files = match(root / "images" / split, (".jpg", ".jpeg", ".png"), root / "annotations" / split, (".png",))
-    return files, names, classes.bit_colours(len(names) + 1)[1:], identity(len(names))
+        if not name or name in names[: line - 1]:
+            raise InputError(f"{root / 'classes.txt'}: line {line} is {'a second ' + name if name else 'empty'}")
+    images = root / "images" / split
+    files = match(images, (".jpg", ".jpeg", ".png"), root / "annotations" / split, (".png",))
+    return Files(files, names, classes.bit_colours(len(names) + 1)[1:], identity(len(names)), tree=images)
 
 
 def ade20k(root, split):
-    root = find_root(root, "images", ("ADEChallengeData2016",), "ade20k")
+    root = find_root(root, "ade20k", "images", ("ADEChallengeData2016",))
     split = {"train": "training", "val": "validation"}.get(split, split)
     files = match(root / "images" / split, (".jpg",), root / "annotations" / split, (".png",))
-    return files, classes.ADE20K, classes.ADE20K_PALETTE, label_table({0: VOID} | {i + 1: i for i in range(150)})
+    table = label_table({0: VOID} | {i + 1: i for i in range(150)})
+    return Files(files, classes.ADE20K, classes.ADE20K_PALETTE, table, submission=range(1, 151))
 
 
 def cityscapes(root, split):
-    root = find_root(root, "leftImg8bit", name="cityscapes")
+    root = find_root(root, "cityscapes", "leftImg8bit")
     images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
-    train_ids = not any(labels.glob("*/*_gtFine_labelIds.png")) and any(labels.glob("*/*_gtFine_labelTrainIds.png"))
-    end = "_gtFine_labelTrainIds.png" if train_ids else "_gtFine_labelIds.png"
-    ids = {value: i for i, value in enumerate(CITYSCAPES_IDS)}
-    table = identity(19) if train_ids else label_table(ids, other=VOID)
-    return match(images, ("_leftImg8bit.png",), labels, (end,)), classes.CITYSCAPES, classes.CITYSCAPES_PALETTE, table
+    if any(labels.glob("*/*_gtFine_labelTrainIds.png")) and not any(labels.glob("*/*_gtFine_labelIds.png")):
+        end, table = "_gtFine_labelTrainIds.png", identity(19)
+    else:
+        end, table = "_gtFine_labelIds.png", label_table({v: i for i, v in enumerate(CITYSCAPES_IDS)}, other=VOID)
+    files = match(images, ("_leftImg8bit.png",), labels, (end,))
+    return Files(files, classes.CITYSCAPES, classes.CITYSCAPES_PALETTE, table, submission=CITYSCAPES_IDS)
 
 
 def voc12aug(root, split):
     """Trains on VOC's train.txt and what SBD adds to it (aug.txt less VOC's train and val images): 10,582 in all."""
-    root = find_root(root, "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"), "voc12aug")
-
-    def names(which):
-        hint = "; make it with: python data.py voc-aug" if which == "aug" else ""
-        return [line.strip() for line in read_names(root / "ImageSets" / "Segmentation" / f"{which}.txt", hint) if line]
-
-    labels = {name: root / "SegmentationClass" / f"{name}.png" for name in names(split)}
+    root = find_root(root, "voc12aug", "JPEGImages", ("VOCdevkit/VOC2012", "VOC2012"))
+    lists = root / "ImageSets" / "Segmentation"
+    names = [name for name in read_lines(lists / f"{split}.txt") if name]
+    labels = {name: root / "SegmentationClass" / f"{name}.png" for name in names}
     if split == "train":
-        extra = set(names("aug")) - set(names("train")) - set(names("val"))
+        extra = set(read_lines(lists / "aug.txt", "; make it with: python -m tools.voc_aug SBD"))
+        extra -= {"", *names, *read_lines(lists / "val.txt")}
         labels |= {name: root / "SegmentationClassAug" / f"{name}.png" for name in sorted(extra)}
     files = [(root / "JPEGImages" / f"{name}.jpg", None if split == "test" else path) for name, path in labels.items()]
     for path in (path for pair in files for path in pair if path):
         if not path.is_file():
             raise InputError(f"{path}: missing, though it is listed for split {split!r}")
-    return files, classes.VOC, classes.bit_colours(21), identity(21)
+    return Files(files, classes.VOC, classes.bit_colours(21), identity(21))
 
 
-LAYOUTS = {
-    "cityscapes": cityscapes,
-    "cityscapes769": cityscapes,
-    "ade20k": ade20k,
-    "voc12aug": voc12aug,
-    "folder": folder,
-}
+# ----------------------------------------------------------------------------------------- images without a data set
+
+
+def find_images(arguments):
+    """{name: path} of the images that files, folders and patterns name; below a folder the name has its subfolders.
+
+    Raises InputError where there are none, and where two images would give their results one name.
+    """
+    found = {}
+    for argument in arguments:
+        given = Path(argument)
+        if given.is_dir():
+            paths = [p for p in sorted(given.rglob("*")) if p.suffix.lower() in ENDINGS]
+            names = [p.relative_to(given).with_suffix("") for p in paths]
+        else:
+            paths = [given] if given.exists() else [Path(p) for p in sorted(glob.glob(argument, recursive=True))]
+            names = [p.with_suffix("").name for p in paths]
+        if not paths:
+            raise InputError(f"{argument}: there are no images there")
+        for name, path in zip(names, paths, strict=True):
+            if found.setdefault(str(name), path) != path:
+                raise InputError(f"{path}: its results would overwrite those of {found[str(name)]}; use another --out")
+    return found

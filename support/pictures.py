@@ -1,17 +1,17 @@
-"""Pictures of segmentations and of a run's course."""
+"""Pictures of segmentations and of a run's course, and label maps as files."""
 
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from support.checkpoint import read_log
+from support.command import InputError
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def colour(label, palette):
-    """RGB image of a label map uint8 (H, W); void is black."""
+    """Pillow's RGB image of a label map uint8 (H, W); void is black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     return Image.fromarray(table[np.asarray(label)])
@@ -33,7 +33,8 @@ def with_legend(picture, shown, names, palette, gap=8, cell=150):
 
 
 def compare(rows, names, palette, tile=256, gap=8):
-    """One picture of several (image, label, prediction), a row each, with a legend of the classes they show."""
+    """One picture of several (image uint8 (H, W, 3), label, prediction uint8 (H, W)), a row each, with a legend of the
+    classes they show."""
     font = ImageFont.load_default(14)
     aspect = max(image.shape[1] / image.shape[0] for image, _, _ in rows)
     width = min(max(int(tile * aspect), 120), 4 * tile)
@@ -51,13 +52,12 @@ def compare(rows, names, palette, tile=256, gap=8):
     return with_legend(canvas, sorted(shown), names, palette)
 
 
-def curves(folder):
-    """Writes curves.png of a run's log.jsonl: loss, learning rate and mIoU; nothing where matplotlib is missing."""
+def curves(lines, path):
+    """Writes a picture of a log's lines: loss, learning rate and mIoU; nothing where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    lines = read_log(folder)
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axes, names in zip(figure.subplots(1, 3), (("loss", "val_loss"), ("lr",), ("mIoU",)), strict=True):
         for name in names:
@@ -66,4 +66,35 @@ def curves(folder):
         axes.set_xlabel("iteration")
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(folder / "curves.png", dpi=100)
+    figure.savefig(path, dpi=100)
+
+
+class LabelMaps:
+    """Writes the predictions on a data set as 8-bit PNG below a folder, named as the images are.
+
+    submission  write the values that the data set's test server expects, instead of class indices with the palette
+
+    Raises InputError if a label map would take the place of one of the data set's files.
+    """
+
+    def __init__(self, folder, data, submission=False):
+        self.folder, self.data = folder, data
+        self.values = data.submission if submission else None
+        own = {path.resolve() for pair in data.files for path in pair if path}
+        if any(self.path(image).resolve() in own for image, _ in data.files):
+            raise InputError(f"{folder}: holds files of the data set, which would be overwritten; name another folder")
+
+    def path(self, image):
+        name = image.relative_to(self.data.tree) if self.data.tree else image.name
+        return (self.folder / name).with_suffix(".png")
+
+    def save(self, i, prediction):
+        """Writes the prediction uint8 (H, W) on item i."""
+        if self.values is None:
+            picture = Image.fromarray(np.asarray(prediction))
+            picture.putpalette(np.array(self.data.palette, np.uint8).tobytes())
+        else:
+            picture = Image.fromarray(np.array(self.values, np.uint8)[prediction])
+        path = self.path(self.data.files[i][0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)

@@ -1,13 +1,38 @@
-"""The embedded data set: scenes of objects in five forms, drawn from a seed. Nothing to download."""
+"""The data sets that are drawn from a seed: nothing to download.
+
+    shapes   objects in five forms; the form decides the class, the colour is only a hint
+    context  objects that cannot be told from what surrounds them: a disc is one class by day and another at dusk, and
+             so is a cross. Only the sky says which, and it lies at the far end of the scene, behind empty ground: a
+             model that sees an object and its surroundings can do no better than guess.
+
+The functions of these names take a root, which they do not need, and a split, as those of layouts.py do.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter
+from torch.utils.data import Dataset
 
-CLASSES = ("ground", "disc", "square", "triangle", "cross", "ring")
-PALETTE = ((70, 70, 70), (230, 80, 60), (240, 200, 60), (90, 190, 90), (80, 140, 230), (190, 100, 220))
-COUNTS = {"train": 4000, "val": 50, "test": 50}
+from support.images import VOID
+
+COUNTS = {"train": 4000, "val": 50, "test": 50}  # scenes of each split
+
+SHAPES = ("ground", "disc", "square", "triangle", "cross", "ring")
+SHAPES_PALETTE = ((70, 70, 70), (230, 80, 60), (240, 200, 60), (90, 190, 90), (80, 140, 230), (190, 100, 220))
 SIZE = 64
-VOID = 255
+
+CONTEXT = ("ground", "dusk", "day", "disc at dusk", "disc by day", "cross at dusk", "cross by day")
+CONTEXT_PALETTE = (
+    *((70, 70, 70), (240, 150, 60), (110, 190, 250)),
+    *((150, 40, 30), (250, 110, 90), (30, 110, 50), (130, 220, 110)),
+)
+HEIGHT, WIDTH, SKY = 32, 160, 32
+SKY_HUES = (20, 150)  # dusk and day, out of 256: opposite, so that no photometric distortion takes one to the other
+FORMS = {"disc": 85, "cross": 212}  # and their hues
 
 CIRCLE = [(np.cos(t), np.sin(t)) for t in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
 CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
@@ -20,21 +45,80 @@ OUTLINES = {
 }
 
 
-def draw(split, index):
-    """Scene `index` of a split: image uint8 (64, 64, 3) and label uint8 (64, 64), void along the objects' borders.
+@dataclass
+class Scenes(Dataset):
+    """One split of a drawn data set, to be used as images.Files is. Item i is draw(split, i) as tensors."""
 
-    The form decides the class; the colour is only a hint, since the hues of the classes overlap.
-    """
+    draw: Callable
+    split: str
+    classes: Sequence
+    palette: Sequence
+    name: str = ""
+    labelled = True
+    tree = None
+    submission = None
+
+    def __post_init__(self):
+        self.files = [(Path(f"{self.split}{i:05}"), None) for i in range(COUNTS.get(self.split, 0))]  # but names only
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        image, label = self.draw(self.split, i)
+        return torch.from_numpy(image), torch.from_numpy(label)
+
+
+def shapes(root, split):
+    return Scenes(draw_shapes, split, SHAPES, SHAPES_PALETTE)
+
+
+def context(root, split):
+    return Scenes(draw_context, split, CONTEXT, CONTEXT_PALETTE)
+
+
+def draw_shapes(split, index):
+    """Scene `index` of a split: image uint8 (64, 64, 3) and label uint8 (64, 64), void along the objects' borders."""
     rng = np.random.default_rng((list(COUNTS).index(split), index))
     patches = (rng.integers(50, 170, (8, 8, 1)) + rng.integers(-25, 26, (8, 8, 3))).astype(np.uint8)
     image = Image.fromarray(patches).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     label = Image.new("L", (SIZE, SIZE))
     for _ in range(rng.integers(2, 5)):
-        kind = int(rng.integers(1, len(CLASSES)))
-        centre, radius, turn = rng.uniform(8, SIZE - 8, 2), rng.uniform(11, 19), rng.uniform(0, 2 * np.pi)
-        hue, saturation, value = int(rng.normal(kind * 51, 12)) % 256, *rng.integers(150, 256, 2).tolist()
-        place(image, label, CLASSES[kind], kind, centre, radius, turn, (hue, saturation, value))
+        kind = int(rng.integers(1, len(SHAPES)))
+        centre = rng.uniform(8, SIZE - 8, 2)
+        radius = rng.uniform(11, 19)
+        turn = rng.uniform(0, 2 * np.pi)
+        hsv = (int(rng.normal(kind * 51, 12)) % 256, *rng.integers(150, 256, 2).tolist())
+        place(image, label, SHAPES[kind], kind, centre, radius, turn, hsv)
     return finish(image, label, rng)
+
+
+def draw_context(split, index, time=None):
+    """Scene `index` of a split: image uint8 (32, 160, 3) and label uint8 (32, 160), void along the borders.
+
+    time  0 (dusk) or 1 (day) instead of the one drawn: changes the sky's pixels, the objects' labels, and no more
+    """
+    rng = np.random.default_rng((list(COUNTS).index(split), index))
+    drawn = int(rng.integers(2))
+    time = drawn if time is None else time
+    patches = (rng.integers(70, 150, (4, 20, 1)) + rng.integers(-25, 26, (4, 20, 3))).astype(np.uint8)
+    image = Image.fromarray(patches).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    label = Image.new("L", (WIDTH, HEIGHT))
+    sky = (int(rng.normal(SKY_HUES[time], 4)), *rng.integers(180, 256, 2).tolist())
+    image.paste(Image.new("HSV", (SKY, HEIGHT), sky).convert("RGB"))
+    label.paste(1 + time, (0, 0, SKY, HEIGHT))
+    for x in (92.5, 119.5, 146.5):
+        kind = int(rng.integers(2))
+        radius = rng.uniform(11.5, 12.5)
+        turn = rng.uniform(0, 2 * np.pi)
+        form, hue = list(FORMS.items())[kind]
+        hsv = (int(rng.normal(hue, 8)) % 256, *rng.integers(150, 256, 2).tolist())
+        centre = (x, rng.uniform(radius, HEIGHT - radius))
+        place(image, label, form, 3 + 2 * kind + time, centre, radius, turn, hsv)
+    image, label = finish(image, label, rng)
+    if rng.random() < 0.5:
+        image, label = image[:, ::-1].copy(), label[:, ::-1].copy()
+    return image, label
 
 
 def place(image, label, form, kind, centre, radius, turn, hsv):

@@ -1,164 +1,58 @@
-"""The presets, and the settings of a training run: from its command line, a preset, or the run that it resumes."""
+"""Every setting of a training run, declared once, and the presets.
+
+train.py's options and --help, config.json, the check of an edited config.json, and what a resumed run may not change
+all follow from `Settings`.
+"""
 
 import argparse
 import os
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from data import DRAWN
-from support import checkpoint
-from support.command import Parser, whole_number
-from support.layouts import InputError
-
-
-class Preset(NamedTuple):
-    """The published recipe: batch is per GPU, for 4 of them; with a stride, inference slides a window of the crop."""
-
-    scale: tuple | None
-    crop: tuple
-    batch: int
-    iters: int
-    lr: float
-    align_corners: bool
-    stride: tuple | None
-
-
-PRESETS = {
-    #                     long, short  crop h, w  batch  iters  lr  align_corners  stride
-    "cityscapes": Preset((2048, 1024), (512, 1024), 2, 40_000, 0.01, False, None),
-    "cityscapes769": Preset((2049, 1025), (769, 769), 2, 40_000, 0.01, True, (513, 513)),
-    "ade20k": Preset((2048, 512), (512, 512), 4, 80_000, 0.01, False, None),
-    "voc12aug": Preset((2048, 512), (512, 512), 4, 20_000, 0.01, False, None),
-    "folder": Preset(None, (512, 512), 4, 20_000, 0.01, False, None),  # None: each image at its own size
-    "shapes": Preset(None, (64, 64), 8, 240, 0.03, False, None),
-    "context": Preset(None, (32, 160), 8, 300, 0.1, False, None),
-}
-
+from resnet_d8 import ResNetD8
+from support import layouts, run, scenes
+from support.checkpoint import MODELS
+from support.command import InputError, Parser, positive, rank_and_world, whole_number
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: the type of mixed precision
 
 
-def parse(description):
-    """(config, out, resume): the run's settings; what is not given comes from the run itself or from the preset."""
-    parser = Parser(description, argument_default=argparse.SUPPRESS)  # leaves out what was not given
-    add = parser.add_argument
-    add("--model", choices=checkpoint.MODELS, help="default: gcnet")
-    add("--dataset", choices=PRESETS, help="default: shapes; it and context are drawn, not read")
-    add("--data-root", help="the data set's folder (default: data/DATASET)")
-    add("--depth", type=int, choices=(18, 34, 50, 101), help="of the ResNet (default: 50, with drawn scenes 18)")
-    add("--gc-backbone", type=int, choices=(4, 16), help="put GC blocks of this ratio into the ResNet (default: none)")
-    add("--crop-size", type=positive, nargs=2, metavar=("H", "W"), help="default: the data set's preset")
-    add("--batch-size", type=positive, help="images per process (default: the preset, made for 4 processes)")
-    add("--accumulate", type=positive, help="batches per step (default: 1)")
-    add("--iters", type=positive, help="steps (default: the preset)")
-    add("--lr", type=rate, help="the first learning rate (default: the preset, 0.01)")
-    add("--pretrained", help="the backbone's weights: none, file or URL (default: ImageNet's for depth 50 and 101)")
-    add("--init", help="start from a whole checkpoint: file, URL or published name; its classifiers only if they fit")
-    add("--class-weights", nargs="+", help="of the loss: a number per class, or balanced: median / frequency")
-    add("--amp", choices=AMP, help="mixed precision (default: none)")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--deterministic", action="store_true", help="ask torch for deterministic kernels, which are slower on a GPU")
-    add("--cache", metavar="DIR", help="keep decoded images there: reading is faster, from the second epoch on")
-    add("--workers", type=whole_number, help="data-loading processes of each process (default: 2)")
-    add("--seed", type=whole_number, help="of the weights, the order and the augmentation (default: 0)")
-    add("--out", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
-    add("--resume", action="store_true", help="go on with the run in --out; its settings need not be given again")
-    given = vars(parser.parse_args())
+class Preset(NamedTuple):
+    """A data set and the recipe for it."""
 
-    out, resume = given.pop("out", None), given.pop("resume", False)
-    chosen = {"model": "gcnet", "dataset": "shapes"} | given
-    preset = PRESETS[chosen["dataset"]]
-    chosen.setdefault("depth", 18 if chosen["dataset"] in DRAWN else 50)
-    out = Path(out or "runs/{model}-r{depth}-{dataset}".format(**chosen))
-    for name in given.keys() & {"data_root", "cache"}:
-        given[name] = str(Path(given[name]).expanduser().resolve())
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
-        resume = (out / "config.json").exists()
-    saved = read_settings(out, parser) if resume else {}
-    if not resume and (out / "last.pt").exists():
-        raise InputError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
-    defaults = {
-        "data_root": None,
-        "gc_backbone": None,
-        "crop_size": list(preset.crop),
-        "batch_size": preset.batch,
-        "accumulate": 1,
-        "iters": preset.iters,
-        "lr": preset.lr,
-        "init": None,
-        "class_weights": None,
-        "pretrained": "imagenet" if chosen["depth"] >= 50 else "none",
-        "amp": "none",
-        "cache": None,
-        "compile": False,
-        "deterministic": False,
-        "workers": 2,
-        "seed": 0,
-        "align_corners": preset.align_corners,
-        "scale": preset.scale and list(preset.scale),
-    }
-    for name in sorted(given.keys() - {"workers", "cache", "data_root", "batch_size", "accumulate"}):
-        if resume and given[name] != saved.get(name, defaults.get(name)):
-            raise InputError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved.get(name)}")
-    config = defaults | chosen | saved | given
-    height, width = config["crop_size"]
-    if config["batch_size"] == 1 and height <= 8 and width <= 8:
-        raise InputError("--batch-size 1 with --crop-size 8 8 or less: BatchNorm needs more than one value per channel")
-    if "init" in given and "pretrained" in given:
-        raise InputError("--init and --pretrained: a run starts from one of them")
-    config.setdefault("stride", preset.stride and [min(preset.stride[0], height), min(preset.stride[1], width)])
-    return config, out, resume
+    data: Callable  # (root, split) -> images.Files or scenes.Scenes
+    scale: tuple | None  # (long, short) side to which images are resized; None: each keeps its size
+    crop_size: tuple  # (height, width); also of the window, where inference slides one
+    batch_size: int  # images per process, for the published number of images with 4 processes
+    images: int | None  # per step in all processes, as published; None: the recipe is this project's own
+    iters: int
+    lr: float
+    align_corners: bool = False
+    stride: tuple | None = None  # (down, across) of the sliding window; None: inference on whole images
+    depth: int = 50
+    ratios: tuple = (0.5, 2)  # of the random resizing
 
 
-def read_settings(out, parser):
-    """The config of the run to go on with; what its file says, edited or not, has to pass the parser."""
-    saved, words = checkpoint.read_config(out), []
-    for name, value in saved.items():
-        if value is not None and value is not False:
-            words.append("--" + name.replace("_", "-"))
-            words += value if isinstance(value, list) else [] if value is True else [value]
-    try:
-        return saved | vars(parser.parse_known_args(map(str, words))[0])
-    except InputError as error:
-        raise InputError(f"{out / 'config.json'}: {error}") from None
+# fmt: off
+PRESETS = {
+    #                                           long, short    crop h, w  batch, images  iters   lr  align  stride
+    "cityscapes":    Preset(layouts.cityscapes, (2048, 1024), (512, 1024), 2, 8,    40_000, 0.01),
+    "cityscapes769": Preset(layouts.cityscapes, (2049, 1025), (769, 769),  2, 8,    40_000, 0.01, True, (513, 513)),
+    "ade20k":        Preset(layouts.ade20k,     (2048, 512),  (512, 512),  4, 16,   80_000, 0.01),
+    "voc12aug":      Preset(layouts.voc12aug,   (2048, 512),  (512, 512),  4, 16,   20_000, 0.01),
+    "folder":        Preset(layouts.folder,     None,         (512, 512),  4, None, 20_000, 0.01),
+    "shapes":        Preset(scenes.shapes,      None,         (64, 64),    8, None, 240,    0.03, depth=18),
+    # A crop out of an enlarged scene of `context` could lack the sky, which decides the labels: no random resizing.
+    "context":       Preset(scenes.context,     None,         (32, 160),   8, None, 300, 0.1, depth=18, ratios=(1, 1)),
+}
+# fmt: on
 
 
-def complete(config, out, train_data, val_data, world):
-    """Adds to config what follows from the data and the processes; refuses what does not fit the run it resumes."""
-    effective = config["batch_size"] * world * config["accumulate"]
-    if config.setdefault("effective_batch", effective) != effective:
-        wanted = config["effective_batch"]
-        raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, this would be {effective}")
-    for data in (train_data, val_data):
-        if data.files[0][1] is None and data.name not in DRAWN:
-            raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
-    if config.setdefault("classes", list(train_data.classes)) != list(train_data.classes):
-        raise InputError(f"{out}: the run was trained on other classes: {', '.join(config['classes'][:4])} ...")
-    config["palette"] = [list(colour) for colour in train_data.palette]
-
-
-def batch_notes(config, world, where):
-    """What a run says of its images per step, and how to match the published recipe's where they differ."""
-    batch, accumulate, effective = (config[name] for name in ("batch_size", "accumulate", "effective_batch"))
-    notes = [f"{world} x {batch} x {accumulate} = {effective} images per step; {where}"]
-    preset = PRESETS[config["dataset"]]
-    published = 4 * preset.batch
-    if config["dataset"] not in ("folder", *DRAWN) and effective != published:
-        ways = [f"--batch-size {published // world}"] if published % world == 0 else []
-        if published % (batch * world) == 0:
-            ways.append(f"--accumulate {published // (batch * world)} (but BatchNorm sees {batch * world})")
-        ways.append(f"--lr {preset.lr * effective / published:g}")
-        notes.append(f"the published recipe has {published} images per step; its like: {', or '.join(ways)}")
-    return notes
-
-
-def positive(text):
-    """A whole number from 1, for argparse."""
-    if whole_number(text) == 0:
-        raise argparse.ArgumentTypeError("0 is too few")
-    return int(text)
+# ------------------------------------------------------------------------------------------------------- the settings
 
 
 def rate(text):
@@ -166,3 +60,204 @@ def rate(text):
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return float(text)
+
+
+def absolute(text):
+    """An absolute path, for argparse."""
+    return str(Path(text).expanduser().resolve())
+
+
+def setting(help=None, default=MISSING, free=False, **parsing):
+    """A field of Settings.
+
+    help     of its option; without one it is no option
+    default  if there is none, `defaults` gives it
+    free     whether a resumed run may have another value
+    parsing  what argparse needs: type, choices, nargs, metavar
+    """
+    return field(default=default, metadata={"help": help, "free": free, "parsing": parsing})
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The settings of a run, by the names that train.py's options, config.json and a checkpoint's config have."""
+
+    model: str = setting("the model to train", "gcnet", choices=tuple(MODELS))
+    dataset: str = setting("also selects the preset; shapes and context are drawn", "shapes", choices=tuple(PRESETS))
+    data_root: str | None = setting("the data set's folder (default: its name below data/)", None, True, type=absolute)
+    depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
+    gc_backbone: int | None = setting("put GC blocks of this ratio into the ResNet", None, type=int, choices=(4, 16))
+    crop_size: list = setting("of the training crops", type=positive, nargs=2, metavar=("H", "W"))
+    batch_size: int = setting("images per process; the preset's is made for 4 processes", free=True, type=positive)
+    accumulate: int = setting("batches per step", 1, free=True, type=positive)
+    iters: int = setting("steps", type=positive)
+    lr: float | int = setting("the first learning rate", type=rate)
+    pretrained: str = setting("the backbone's weights: imagenet (for depth 50 and 101), none, a file or a URL")
+    init: str | None = setting("start from the weights of a checkpoint: file, URL or published name", None)
+    class_weights: list | None = setting("in the loss: one per class, or: balanced", None, nargs="+", metavar="W")
+    amp: str = setting("mixed precision", "none", choices=tuple(AMP))
+    compile: bool = setting("torch.compile the model", False)
+    deterministic: bool = setting("ask torch for deterministic kernels, which are slower on a GPU", False)
+    cache: str | None = setting("a folder to keep decoded images in, for faster reading", None, True, type=absolute)
+    workers: int = setting("data-loading processes of each process", 2, free=True, type=whole_number)
+    seed: int = setting("of the weights, the order and the augmentation", 0, type=whole_number)
+    # Decided by the preset alone.
+    scale: list | None = setting()
+    align_corners: bool = setting()
+    stride: list | None = setting()
+    # Added by `complete`.
+    effective_batch: int | None = setting(default=None)  # images per step, in all processes together
+    classes: list | None = setting(default=None)
+    palette: list | None = setting(default=None)
+
+
+def defaults(given):
+    """The settings that have no default of their own: what follows from the data set, depth and crop in `given`."""
+    preset = PRESETS[given.get("dataset", "shapes")]
+    crop_size = given.get("crop_size", preset.crop_size)
+    return {
+        "depth": preset.depth,
+        "crop_size": list(preset.crop_size),
+        "batch_size": preset.batch_size,
+        "iters": preset.iters,
+        "lr": preset.lr,
+        "pretrained": "imagenet" if given.get("depth", preset.depth) >= 50 else "none",
+        "scale": preset.scale and list(preset.scale),
+        "align_corners": preset.align_corners,
+        "stride": preset.stride and [min(pair) for pair in zip(preset.stride, crop_size, strict=True)],
+    }
+
+
+# --------------------------------------------------------------------------------------------- from the command line
+
+
+def parse(description):
+    """(settings, out, resume) of train.py's command line; what is not given is the preset's, or the resumed run's.
+
+    out is the run's folder, a Path. Raises InputError for a mistake on the command line or in the run's config.json.
+    """
+    first, _ = option_parser(description, {}, add_help=False).parse_known_args()  # to know whose defaults to show
+    given = vars(option_parser(description, vars(first)).parse_args())
+    out = given.pop("out", None)
+    resume = given.pop("resume", False)
+    if out is None:
+        new = Settings(**defaults(given) | given)
+        out = f"runs/{new.model}-r{new.depth}-{new.dataset}"
+    out = Path(out)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
+        resume = (out / "config.json").exists()
+    if resume:
+        saved = read_settings(out)
+        refuse_changes(given, saved, out)
+    elif (out / "last.pt").exists():
+        raise InputError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
+    else:
+        saved = defaults(given)
+    settings = Settings(**saved | given)
+    if settings.batch_size == 1 and max(settings.crop_size) <= 8:
+        raise InputError("--batch-size 1 with --crop-size 8 8 or less: BatchNorm needs more than one value per channel")
+    if "init" in given and "pretrained" in given:
+        raise InputError("--init and --pretrained: a run starts from one of them")
+    return settings, out, resume
+
+
+def option_parser(description, given, **options):
+    """A parser of train.py's options. It leaves out what is not on the command line, for the preset or the resumed run
+    to fill in; its help shows the defaults for the data set and depth in `given`."""
+    note = f"The defaults are those of --dataset {given.get('dataset', 'shapes')}; --dataset X --help shows those of X."
+    parser = Parser(description, argument_default=argparse.SUPPRESS, epilog=note, **options)
+    shown = defaults(given)
+    for each in fields(Settings):
+        if not each.metadata["help"]:
+            continue
+        default = shown.get(each.name, each.default)
+        words = " ".join(map(str, default)) if isinstance(default, list) else default
+        text = each.metadata["help"] + ("" if default is None or default is False else f" (default: {words})")
+        parsing = {"action": "store_true"} if each.type is bool else each.metadata["parsing"]
+        parser.add_argument(flag(each), help=text, **parsing)
+    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out; it keeps its settings")
+    return parser
+
+
+def flag(each):
+    return "--" + each.name.replace("_", "-")
+
+
+# ---------------------------------------------------------------------------------------------- from a run to resume
+
+
+def read_settings(out):
+    """The settings in a run's config.json, edited or not. Raises InputError where an option would not take them."""
+    saved = run.read_config(out)
+    path = out / "config.json"
+    known = {each.name: each for each in fields(Settings)}
+    for name, value in saved.items():
+        if name not in known:
+            raise InputError(f"{path}: there is no setting {name}")
+        try:
+            check(known[name], value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            what = f"argument {flag(known[name])}" if known[name].metadata["help"] else name
+            raise InputError(f"{path}: {what}: {error}") from None
+    for name, each in known.items():
+        if name not in saved and each.default is not None and each.default is not False:
+            raise InputError(f"{path}: lacks the setting {name}")
+    return saved
+
+
+def check(each, value):
+    """Raises ValueError or ArgumentTypeError if the setting `each` cannot have this value."""
+    parsing = each.metadata["parsing"]
+    words = value if isinstance(value, list) else [value]
+    if not isinstance(value, each.type) or parsing.get("nargs") not in (None, "+", len(words)):
+        raise ValueError(f"cannot be {value!r}; its type is {getattr(each.type, '__name__', each.type)}")
+    for word in words if value is not None else ():
+        parsing.get("type", str)(str(word))
+        if word not in parsing.get("choices", [word]):
+            raise ValueError(f"cannot be {word!r}; choose from {', '.join(map(str, parsing['choices']))}")
+
+
+def refuse_changes(given, saved, out):
+    """Raises InputError if the command line gives the run in `out` other settings than it has."""
+    for each in fields(Settings):
+        had = saved.get(each.name, each.default)
+        if not each.metadata["free"] and given.get(each.name, had) != had:
+            raise InputError(f"{flag(each)} {given[each.name]}: the run in {out} has {had}")
+
+
+# ---------------------------------------------------------------------------------- from the data and the processes
+
+
+def complete(settings, out, train_data, val_data):
+    """Adds what follows from the data and the processes. Raises InputError if it does not fit the resumed run."""
+    effective = settings.batch_size * settings.accumulate * rank_and_world()[1]
+    if effective != (settings.effective_batch or effective):
+        wanted = settings.effective_batch
+        raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, this would be {effective}")
+    settings.effective_batch = effective
+    for data in (train_data, val_data):
+        if not data.labelled:
+            raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
+    if list(train_data.classes) != (settings.classes or list(train_data.classes)):
+        raise InputError(f"{out}: the run was trained on other classes: {', '.join(settings.classes[:4])} ...")
+    settings.classes = list(train_data.classes)
+    settings.palette = [list(colour) for colour in train_data.palette]
+
+
+def describe_batch(settings, device):
+    """The images of a step, as text; and how to have as many as the published recipe, if that has another number."""
+    _, world = rank_and_world()
+    effective = settings.effective_batch
+    norm = "SyncBatchNorm" if world > 1 and device.type == "cuda" else "BatchNorm"
+    text = f"{world} x {settings.batch_size} x {settings.accumulate} = {effective} images per step; {norm}, {device}"
+    preset = PRESETS[settings.dataset]
+    published = preset.images
+    if published in (None, effective):
+        return text
+    ways = [f"--batch-size {published // world}"] if published % world == 0 else []
+    at_once = world * settings.batch_size
+    if published % at_once == 0:
+        ways.append(f"--accumulate {published // at_once} (but BatchNorm sees {at_once})")
+    ways.append(f"--lr {preset.lr * effective / published:g}")
+    return f"{text}\nthe published recipe has {published} images per step; to match it: {', or '.join(ways)}"

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from support.classes import bit_colours
-from support.layouts import InputError
+from support.command import InputError
 
 BACKBONES_URL = "https://download.openmmlab.com/pretrain/third_party"
 BACKBONES = {50: f"{BACKBONES_URL}/resnet50_v1c-2cccc1ad.pth", 101: f"{BACKBONES_URL}/resnet101_v1c-e67eebb6.pth"}

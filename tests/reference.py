@@ -1,5 +1,6 @@
 """What the reference computes, and the weights with which it did: functions of the parameters' names."""
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -19,6 +20,7 @@ def keys(model, depth):
     return json.loads((FOLDER / f"{model}_keys.json").read_text())[f"r{depth}"]
 
 
+@functools.lru_cache(maxsize=8)
 def weights(model, depth):
     """The reference's state dict, float32."""
     return {name: torch.tensor(weight(name, shape)) for name, shape in keys(model, depth).items()}

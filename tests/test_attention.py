@@ -1,39 +1,25 @@
-"""attention.py: the weights it shows are those the blocks use; its distances; its pictures and its page."""
+"""tools/attention.py: the weights it shows are those the blocks use; its distances; its pictures and its page."""
 
 import base64
 import json
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import save_model
 from PIL import Image
 
 from ann import AsymmetricNonLocalBlock
 from gcnet import GCBlock, SimplifiedNonLocalBlock
 from nonlocal_net import NonLocalBlock
 from support import checkpoint
-from support.layouts import InputError
+from support.command import InputError
 from tools import attention
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def save_model(path, model):
-    """A checkpoint with random weights, of which attention's are so large that it depends on the query."""
-    torch.manual_seed(0)
-    config = {"model": model, "depth": 18, "align_corners": False, "dataset": "folder", "data_root": None}
-    config |= {"scale": None, "crop_size": [32, 32], "stride": None, "classes": ["road", "house", "tree"]}
-    config["palette"] = [[i, 2 * i, 99] for i in range(3)]
-    state = checkpoint.build_model(config).state_dict()
-    for name, weight in state.items():
-        if re.search("theta.*weight|phi.*weight|conv_mask.weight|conv_out.bn.weight", name):
-            weight.normal_(std=0.5)
-    checkpoint.save({"model": state, "config": config}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +86,9 @@ def test_cosine_distance_is_the_mean_over_all_pairs():
 
 
 @torch.no_grad()
-def test_statistics(models, folder, run_script):
+def test_statistics(models, folder, run_inside):
     arguments = ("--statistics", "--data-root", folder, "--split", "train")
-    lines = run_script("tools/attention.py", models["nonlocal_net"], models["gcnet"], *arguments).stdout.splitlines()
+    lines = run_inside(attention, models["nonlocal_net"], models["gcnet"], *arguments).splitlines()
     rows = {" ".join(words[:-3]): [float(value) for value in words[-3:]] for words in map(str.split, lines[2:])}
     assert "6 images" in lines[0]
     assert rows.pop("published: Cityscapes") == [0.315, 0.383, 0.354]
@@ -132,12 +118,10 @@ def test_statistics(models, folder, run_script):
 
 
 @pytest.fixture
-def page(models, tmp_path, monkeypatch):
+def page(models, tmp_path, run_inside):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 160, 3)).astype(np.uint8)).save(tmp_path / "a&b.png")
     arguments = ["a&b.png", "--html", "--query", "5", "6", "--query", "159", "95"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["attention.py", str(models["nonlocal_net"]), str(models["gcnet"]), *arguments])
-    attention.main()
+    run_inside(attention, models["nonlocal_net"], models["gcnet"], *arguments)
     return tmp_path / "attention/attention.html"
 
 
@@ -161,10 +145,9 @@ def test_pictures_and_page(page):
     assert len(nonlocal_net["to_mean"]) == 240 and float(nonlocal_net["distance"]) > 0 == float(gcnet["distance"])
 
 
-def test_images_of_the_data_set(models, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["attention.py", str(models["gcnet"]), "--data-root", str(folder), "--out", "to"])
-    attention.main()
+def test_images_of_the_data_set(models, folder, tmp_path, run_script):
+    done = run_script("tools.attention", models["gcnet"], "--data-root", folder, "--out", "to")
+    assert done.stdout.strip() == "to/: pictures of 3 images"
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["val0.png", "val1.png", "val2.png"]
 
 
@@ -207,13 +190,9 @@ def test_the_page_in_a_browser(page, tmp_path):
     ],
     ids=lambda value: " ".join(value),
 )
-def test_a_mistake_is_one_line(arguments, words, models, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(arguments, words, models, tmp_path, run_inside):
     Image.new("RGB", (20, 10)).save(tmp_path / "image.png")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/best.pt").touch()
-    arguments = [str(models.get(name.removesuffix(".pt"), name)) for name in arguments]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["attention.py", *arguments])
-    with pytest.raises(InputError) as error:
-        attention.main()
-    assert all(word in str(error.value) for word in words)
+    message = run_inside(attention, *(models.get(name.removesuffix(".pt"), name) for name in arguments), fails=True)
+    assert all(word in message for word in words)

@@ -1,24 +1,19 @@
-"""benchmark.py: every task runs, and what it reports is what it measured."""
+"""tools/benchmark.py: every task runs, and what it reports is what it measured."""
 
 import json
-import sys
 
 import pytest
 import torch
 
+from support.checkpoint import MODELS
 from tools import benchmark
 
 SMALL = ["--depth", "18", "--size", "40", "56", "--classes", "5", "--warmup", "0", "--repeat", "1", "--json"]
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-        benchmark.main()
-        return capsys.readouterr().out
-
-    return run
+def bench(run_inside):
+    return lambda *arguments: run_inside(benchmark, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +42,7 @@ def test_data_makes_samples(cache, bench):
     assert result["images_per_second"] == pytest.approx(4 / result["seconds"])
 
 
+@pytest.mark.slow
 def test_table(bench, monkeypatch):
     known = {"fps": 23.38, "memory_gb": 8.5}
     names = ("gcnet_r50-d8_512x512_80k_ade20k", "gcnet_r50-d8_512x512_160k_ade20k")
@@ -56,7 +52,7 @@ def test_table(bench, monkeypatch):
     (row,) = (line for line in lines if "R-50" in line)  # the longer schedule is the same model
     name, setting, parameters, multiply_adds, fps, memory, training, *published = row.strip("| ").split(" | ")
     with torch.device("meta"):
-        model = benchmark.checkpoint.MODELS["gcnet"](150)
+        model = MODELS["gcnet"](150)
     assert (name, setting, published) == ("gcnet R-50", "ade20k", ["23.38", "8.5"])
     assert parameters == f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
     assert float(fps) > 0 and float(memory) > 0.2 and 2 < float(multiply_adds) < 4
@@ -64,7 +60,7 @@ def test_table(bench, monkeypatch):
 
 def test_multiply_adds_are_those_of_every_window():
     with torch.device("meta"):
-        model, images = benchmark.checkpoint.MODELS["fcn"](3, depth=18).eval(), torch.empty(1, 3, 64, 96)
+        model, images = MODELS["fcn"](3, depth=18).eval(), torch.empty(1, 3, 64, 96)
         whole = benchmark.multiply_adds(model, images)
         windows = benchmark.multiply_adds(model, images, (64, 64), (64, 32))
         conv = benchmark.multiply_adds(torch.nn.Conv2d(3, 8, 3), torch.empty(1, 3, 12, 12))

@@ -1,105 +1,110 @@
-"""The real command lines on a small data set of own images: a run and what it leaves, resuming, mistakes."""
+"""The commands on a small data set of own images: a run and what it leaves, resuming, mistakes."""
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import changed, one_line, read_log, same_weights, save_model, start, train_arguments
 from PIL import Image
 
-from support import settings
-from support.checkpoint import begin_run
-
-SMALL = ("--depth", 18, "--crop-size", 32, 32, "--batch-size", 2, "--workers", 1)
-
-
-def train_arguments(folder, out, iters=10):
-    return ["train.py", "--dataset", "folder", "--data-root", folder, *SMALL, "--iters", iters, "--out", out]
+import evaluate
+import train
+from data import open_data
+from support.command import InputError
 
 
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
-
-
-def changed(path):
-    return path.stat().st_mtime if path.exists() else 0
-
-
-def same_weights(one, two):
-    return all(value.equal(checkpoint(two)["model"][key]) for key, value in checkpoint(one)["model"].items())
-
-
-def test_a_run_and_its_evaluation(folder, run_script, tmp_path):
+def test_a_run_and_its_evaluation(folder, run_script, run_inside, tmp_path):
     done = run_script(*train_arguments(folder, "runs/one"))
     run = tmp_path / "runs/one"
     assert "1 x 2 x 1 = 2 images per step; BatchNorm" in done.stdout
     assert "house" in done.stdout and "mIoU" in done.stdout
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if "mIoU" in line] == list(range(1, 11))
+    lines = read_log(run)
+    assert [line["iteration"] for line in lines if "mIoU" in line] == [1, 2, 3, 4]
     assert lines[0].keys() == {"iteration", "loss", "aux_loss", "lr", "images_per_second", "skipped"}
     assert json.loads((run / "config.json").read_text())["crop_size"] == [32, 32]
-    assert len(list((run / "samples").glob("*.png"))) == 10
-    assert checkpoint(run / "last.pt")["iteration"] == 10
-    best = max(line["mIoU"] for line in lines if "mIoU" in line)
-    assert checkpoint(run / "best.pt")["best_miou"] == best
+    assert len(list((run / "samples").glob("*.png"))) == 4
+    last, best = (torch.load(run / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    assert last["iteration"] == 4
+    assert best["best_miou"] == max(line["mIoU"] for line in lines if "mIoU" in line)
 
+    result = f"mIoU {best['best_miou']:.2%}"
     whole = run_script("evaluate.py")  # the newest run, best.pt
-    assert f"mIoU {best:.2%}" in whole.stdout and "tree" in whole.stdout
-    assert run_script("evaluate.py", run / "best.pt", processes=2).stdout.count("mIoU") == 1
-    assert f"mIoU {best:.2%}" in run_script("evaluate.py", "--checkpoint", run / "best.pt", processes=2).stdout
-    assert "mIoU" in run_script("evaluate.py", "--aug", "--split", "train").stdout
+    assert result in whole.stdout and "tree" in whole.stdout
+    assert result in run_inside(evaluate, run / "best.pt", "--workers", 0)
+    assert result in run_inside(evaluate, "--checkpoint", run / "best.pt", "--workers", 0)
+    assert "mIoU" in run_inside(evaluate, "--aug", "--split", "train", "--workers", 0)
 
-    again = run_script(*train_arguments(folder, "runs/one"), status=2)
-    assert again.stderr.strip() == (
-        "train.py: error: runs/one: already holds a run; continue it with --resume, or name another folder with --out"
-    )
-    other = run_script("train.py", "--resume", "--out", "runs/one", "--lr", "0.5", status=2)
-    assert "--lr 0.5" in other.stderr and "0.01" in other.stderr
+    again = run_inside(train, *train_arguments(folder, "runs/one")[1:], fails=True)
+    assert again == "runs/one: already holds a run; continue it with --resume, or name another folder with --out"
+    other = run_inside(train, "--resume", "--out", "runs/one", "--lr", "0.5", fails=True)
+    assert "--lr 0.5" in other and "0.01" in other
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(folder, run_script, tmp_path):
+def test_interrupted_and_resumed_equals_uninterrupted(folder, run_inside, tmp_path, monkeypatch):
+    """Ctrl-C in the first and the third of four steps, of which only the last is validated."""
+    monkeypatch.setattr(train, "validation_is_due", lambda iteration, iters: iteration == iters)
+    run_inside(train, *train_arguments(folder, "whole", workers=0)[1:])
+    steps = []
+
+    def interrupted(*arguments, step=train.training_step):
+        steps.append(1)
+        if len(steps) in (1, 3):
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "training_step", interrupted)
+    arguments = train_arguments(folder, "parts", workers=0)[1:]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            run_inside(train, *arguments)
+        assert stopped.value.code == 130
+        arguments = ("--resume", "--out", "parts")
+    run_inside(train, *arguments)
+    assert len(steps) == 4 and same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
+    assert same_log(tmp_path / "whole", tmp_path / "parts")
+
+
+def same_log(*runs):
+    """Whether the logs agree but for the speed."""
+    one, two = ([{**line, "images_per_second": 0} for line in read_log(run)] for run in runs)
+    return one == two
+
+
+@pytest.mark.slow
+def test_a_process_interrupted_and_resumed(folder, run_script, tmp_path):
     run_script(*train_arguments(folder, "whole", 12))
-    command = [str(part) for part in (sys.executable, ROOT / "train.py", *train_arguments(folder, "parts", 12)[1:])]
+    arguments = train_arguments(folder, "parts", 12)
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
         before = changed(tmp_path / "parts/last.pt")
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = start(arguments, tmp_path)
         while process.poll() is None and changed(tmp_path / "parts/last.pt") == before:
             time.sleep(0.05)
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
         assert process.returncode == status and "--resume" in out and "Traceback" not in err, out + err
-        command = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", "parts", "--workers", "0"]
+        arguments = ["train.py", "--resume", "--out", "parts", "--workers", "0"]
     run_script("train.py", "--resume", "--out", "parts")
     assert same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
-
-    def log(name):
-        lines = (json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines())
-        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-    assert log("whole") == log("parts")
+    assert same_log(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_resumed_run_keeps_its_settings(tmp_path, monkeypatch):
-    def parse(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--out", str(tmp_path / "run")])
-        return settings.parse("")
-
-    config, out, _ = parse("--dataset", "cityscapes769", "--crop-size", "600", "500", "--seed", "3")
-    assert config["stride"] == [513, 500] and config["align_corners"] and config["scale"] == [2049, 1025]
-    begin_run(out, config, 0)
-    assert parse("--resume") == (config, out, True)
-
-
-def test_two_processes_are_one_run(folder, run_script, tmp_path):
-    done = run_script(*train_arguments(folder, "two", 2), processes=2)
+def test_two_processes_are_one_run(folder, run_script, run_inside, tmp_path):
+    done = run_script(*train_arguments(folder, "two", 1), processes=2)
     assert done.stdout.count("2 x 2 x 1 = 4 images per step; BatchNorm, cpu") == 1
-    assert checkpoint(tmp_path / "two/last.pt")["iteration"] == 2
-    run_script("evaluate.py", "two/last.pt")
+    best = torch.load(tmp_path / "two/best.pt", weights_only=True)
+    assert best["iteration"] == 1
+    result = f"mIoU {best['best_miou']:.2%}"  # of three images, shared by two processes
+    assert result in done.stdout and result in run_inside(evaluate, "two/best.pt", "--workers", 0)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(folder, run_script, tmp_path):
+    model = save_model(tmp_path / "model.pt", "gcnet")
+    alone = run_script("evaluate.py", model, "--data-root", folder).stdout
+    assert "mIoU" in alone and run_script("evaluate.py", model, "--data-root", folder, processes=2).stdout == alone
 
 
 def mistakes():
@@ -134,22 +139,24 @@ def mistakes():
     }
 
 
-def one_line(done, script, words):
-    assert "Traceback" not in done.stderr, done.stderr
-    message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith(f"{script}: error: "), done.stderr
-    for word in words:
-        assert word in message, message
-
-
 @pytest.mark.parametrize("what", list(mistakes()))
-def test_a_mistake_in_the_data_is_one_line(what, folder, run_script):
+def test_a_mistake_in_the_data_is_one_line(what, folder):
     make, words = mistakes()[what]
     make(folder)
-    one_line(run_script(*train_arguments(folder, "run", 6), status=2), "train.py", words)
+    with pytest.raises(InputError) as error:
+        for data in [open_data("folder", folder, split) for split in ("train", "val")]:
+            [data[i] for i in range(len(data))]
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
-def test_a_checkpoint_that_is_none_is_one_line(folder, run_script, tmp_path):
+@pytest.mark.parametrize("what", ["no mask", "value"])  # found by the process itself, and by a data-loading worker
+def test_a_mistake_ends_the_process_in_one_line(what, folder, run_script):
+    make, words = mistakes()[what]
+    make(folder)
+    one_line(run_script(*train_arguments(folder, "run", 1), "--batch-size", 6, status=2), "train.py", words)
+
+
+def test_a_checkpoint_that_is_none_is_one_line(run_script, run_inside, tmp_path):
     class Malicious:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
@@ -157,10 +164,13 @@ def test_a_checkpoint_that_is_none_is_one_line(folder, run_script, tmp_path):
     model = {"model": {}, "config": {"model": "gcnet", "depth": 18, "classes": []}}
     for name, content in {"text": b"no checkpoint", "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
-    for name, state in {"list": [1], "classes": model, "code": {"model": Malicious()}}.items():
-        torch.save(state, tmp_path / name)
+    for name, content in {"list": [1], "classes": model, "code": {"model": Malicious()}}.items():
+        torch.save(content, tmp_path / name)
     words = {"text": "no checkpoint", "empty": "no checkpoint", "list": "no config", "classes": "how many classes"}
     for name, word in {**words, "code": "could run code", "missing": "no such"}.items():
-        one_line(run_script("evaluate.py", name, status=2), "evaluate.py", [name, word])
+        message = run_inside(evaluate, name, fails=True)
+        assert name in message and word in message and "\n" not in message
+    one_line(run_script("evaluate.py", "code", status=2), "evaluate.py", ["code", "could run code"])
     assert not (tmp_path / "executed").exists()
-    one_line(run_script("evaluate.py", status=2), "evaluate.py", ["no run", "train.py"])
+    message = run_inside(evaluate, fails=True)
+    assert "no run" in message and "train.py" in message

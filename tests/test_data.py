@@ -1,7 +1,8 @@
-"""Files to batches: OpenCV's pixels, aligned labels, the crop's rule, and randomness that depends on nothing else."""
+"""Files to batches: aligned labels, the crop's rule, colours, and randomness that depends on nothing else."""
 
 import os
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,21 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import (
-    MEAN,
-    STD,
-    VOID,
-    Batches,
-    SegmentationData,
-    TrainData,
-    distort,
-    keep_ratio,
-    nearest,
-    resize,
-    sample,
-    to_device,
-)
-from support.layouts import InputError
+from data import MEAN, STD, TrainData, batch_keys, distort, keep_ratio, nearest, open_data, to_device, training_loader
+from support.command import InputError
+from support.images import VOID, Files
 
 OPENCV = reference.arrays("opencv")
 IMAGE = torch.tensor(reference.arrays("inputs")["image"])
@@ -33,34 +22,6 @@ IMAGE = torch.tensor(reference.arrays("inputs")["image"])
 def test_keep_ratio():
     for w, h, long, short, new_w, new_h in reference.arrays("rescale")["rows"].tolist():
         assert keep_ratio((h, w), (long, short)) == (new_h, new_w)
-
-
-@pytest.mark.parametrize("key", [key for key in OPENCV if key.startswith("resize")])
-def test_resize_is_opencv_bilinear(key):
-    golden = OPENCV[key].astype(int)
-    ours = resize(IMAGE, golden.shape[:2]).numpy()
-    assert ours.dtype == np.uint8
-    assert np.abs(ours - golden).max() <= 1
-    window = resize(IMAGE, golden.shape[:2], (11, 7, 20, 30)).numpy().astype(int)
-    assert np.abs(window - golden[11:31, 7:37]).max() <= 1
-    assert np.abs(window - ours[11:31, 7:37]).max() <= 1  # halves may be rounded either way
-
-
-def test_resize_is_its_formula():
-    def one_axis(array, new):  # half-pixel centres, two taps, no antialiasing; along the first axis
-        x = ((np.arange(new) + 0.5) * len(array) / new - 0.5).clip(0, len(array) - 1)
-        low, weight = np.floor(x).astype(int), (x % 1)[:, None, None]
-        return array[low] * (1 - weight) + array[(low + 1).clip(max=len(array) - 1)] * weight
-
-    rng = np.random.default_rng(0)
-    for factor in (0, 0.01, 0.5, 0.99, 1, 1.003, 1.02, 1.5, 4) * 4:
-        h, w = (max(int(side * factor), 1) for side in IMAGE.shape[:2])
-        exact = one_axis(one_axis(IMAGE.numpy().astype(float), h).swapaxes(0, 1), w).swapaxes(0, 1)
-        assert np.abs(resize(IMAGE, (h, w)).numpy() - exact).max() <= 1.01
-        (top, bottom), (left, right) = (sorted(rng.choice(side + 1, 2, replace=False).tolist()) for side in (h, w))
-        window = top, left, bottom - top, right - left
-        assert np.abs(resize(IMAGE, (h, w), window).numpy() - exact[top:bottom, left:right]).max() <= 1.01
-        assert np.abs(sample(IMAGE, (h, w), window).numpy() - exact[top:bottom, left:right]).max() <= 0.51
 
 
 def test_nearest_lies_on_the_images_grid():
@@ -79,7 +40,7 @@ def test_distort_is_the_reference():
 
 @pytest.fixture
 def data(folder):
-    return SegmentationData("folder", folder, "train")
+    return open_data("folder", folder, "train")
 
 
 def neutral(sample):
@@ -88,13 +49,13 @@ def neutral(sample):
 
 def test_label_and_image_stay_together(data):
     """Wherever the 3x3 neighbourhood is of one class, the image must show that class; padding is 0 and void."""
-    train, padded = TrainData(data, (36, 44), None, seed=0), 0
+    train, padded = TrainData(data, (36, 44), None, seed=0, ratios=(0.5, 2)), 0
     for position in range(30):
         sample = neutral(train[position, position % len(data)])
         images, labels = to_device(torch.utils.data.default_collate([sample]), "cpu")
         assert images.shape == (1, 3, 36, 44) and images.dtype == torch.float32
         red = images[0, 0] * STD[0] + MEAN[0]
-        label, (h, w) = labels[0], sample["size"]
+        label, (h, w) = labels[0], sample["valid"]
         inside = torch.zeros_like(label, dtype=torch.bool)
         inside[:h, :w] = True
         assert (images[:, :, ~inside] == 0).all() and (label[~inside] == VOID).all()
@@ -111,14 +72,14 @@ def test_label_and_image_stay_together(data):
 def test_crops_avoid_a_single_class(data, monkeypatch):
     label = torch.zeros(64, 64, dtype=torch.uint8)
     label[:16] = 1  # 16x16 crops with less than 75% of one class are rare here
-    monkeypatch.setattr(SegmentationData, "__getitem__", lambda self, i: (torch.zeros(64, 64, 3).byte(), label))
-    train = TrainData(data, (16, 16), None, seed=0)
+    monkeypatch.setattr(Files, "__getitem__", lambda self, i: (torch.zeros(64, 64, 3).byte(), label))
+    train = TrainData(data, (16, 16), None, seed=0, ratios=(0.5, 2))
     mixed = sum(0.25 < train[p, 0]["label"].float().mean() < 0.75 for p in range(200))
     assert mixed > 120, mixed  # a single draw gives about 25; ten more give it nearly always, at r < 2
 
 
 def test_augmentation_covers_its_ranges(data):
-    train = TrainData(data, (8, 8), None, seed=0)
+    train = TrainData(data, (8, 8), None, seed=0, ratios=(0.5, 2))
     colours = torch.stack([train[p, 0]["colour"] for p in range(400)])
     brightness, early, saturation, hue, late = colours.T
     assert brightness.min() < -28 and brightness.max() > 28
@@ -131,26 +92,25 @@ def test_augmentation_covers_its_ranges(data):
 
 
 def test_batches_depend_on_seed_and_position_only(data):
-    train = TrainData(data, (32, 32), None, seed=3)
+    train = TrainData(data, (32, 32), None, seed=3, ratios=(0.5, 2))
 
     def load(workers, start=0, **shared):
-        return list(
-            DataLoader(train, batch_sampler=Batches(6, seed=3, start=start, stop=8, **shared), num_workers=workers)
-        )
+        keys = batch_keys(6, seed=3, start=start, stop=8, **shared)
+        return list(DataLoader(train, batch_sampler=keys, num_workers=workers))
 
-    whole = load(0, batch=4)
-    for other in (load(2, batch=4), whole[:3] + load(1, batch=4, start=3)):
+    whole = load(0, batch_size=4)
+    for other in (load(2, batch_size=4), whole[:3] + load(1, batch_size=4, start=3)):
         for one, two in zip(whole, other, strict=True):
             assert all(one[key] == two[key] if key == "file" else one[key].equal(two[key]) for key in one)
-    halves = [load(0, batch=2, rank=rank, world=2) for rank in (0, 1)]
+    halves = [load(0, batch_size=2, rank=rank, world=2) for rank in (0, 1)]
     for one, *parts in zip(whole, *halves, strict=True):
         assert one["image"].equal(torch.cat([part["image"] for part in parts]))
-    shown = [index for keys in Batches(6, 3, 0, 0, 4) for _, index in keys]
+    shown = [index for keys in batch_keys(6, 3, 0, 0, 4) for _, index in keys]
     assert sorted(shown[:6]) == sorted(shown[6:]) == list(range(6)) and shown[:6] != shown[6:]
 
 
 def test_the_cache_gives_what_was_read(folder, tmp_path):
-    plain, cached = (SegmentationData("folder", folder, "train", cache) for cache in (None, tmp_path / "cache"))
+    plain, cached = (open_data("folder", folder, "train", cache) for cache in (None, tmp_path / "cache"))
     for _ in range(2):
         for i in range(len(plain)):
             assert all(one.equal(two) for one, two in zip(plain[i], cached[i], strict=True))
@@ -167,7 +127,7 @@ def test_the_cache_gives_what_was_read(folder, tmp_path):
 )
 def test_a_cache_that_fails_says_so(fault, words, folder, tmp_path):
     cache = tmp_path / "cache"
-    data, limits = SegmentationData("folder", folder, "train", cache), resource.getrlimit(resource.RLIMIT_FSIZE)
+    data, limits = open_data("folder", folder, "train", cache), resource.getrlimit(resource.RLIMIT_FSIZE)
     if fault == "a file":
         cache.touch()
     elif fault == "damaged":
@@ -182,3 +142,23 @@ def test_a_cache_that_fails_says_so(fault, words, folder, tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert fault != "full" or not list(cache.iterdir())
+
+
+def test_the_cache_knows_the_labels_table(folder, tmp_path):
+    data = open_data("folder", folder, "train", tmp_path / "cache")
+    labels = [data[i][1] for i in range(len(data))]
+    assert any((label == 2).any() for label in labels)
+    (folder / "classes.txt").write_text("road\nhouse\n")
+    fewer = open_data("folder", folder, "train", tmp_path / "cache")
+    with pytest.raises(InputError, match="holds the value 2; labels are 0 to 1"):
+        [fewer[i] for i in range(len(fewer))]
+
+
+def test_the_loader_continues_at_an_iteration(folder):
+    data = open_data("folder", folder, "train")
+    settings = SimpleNamespace(dataset="folder", crop_size=[16, 16], scale=None, seed=5, batch_size=2)
+    settings.accumulate, settings.iters, settings.workers = 3, 4, 0
+    whole = list(training_loader(data, settings, 0, 0, 1, False))
+    rest = list(training_loader(data, settings, 3, 0, 1, False))
+    assert len(whole) == 12 and len(rest) == 3
+    assert all(one["image"].equal(two["image"]) for one, two in zip(whole[9:], rest, strict=True))

@@ -8,10 +8,11 @@ import reference
 import torch
 from conftest import write_scene
 
-from data import SegmentationData
+from data import open_data
 from evaluate import confusion_matrix, equal_sizes, evaluate, metrics, window_starts
 from resnet_d8 import FCN
-from train import poly_lr, segmentation_loss
+from support.fast import for_inference
+from train import poly_lr, segmentation_loss, validation_is_due
 
 
 def test_metrics():
@@ -35,6 +36,12 @@ def test_poly_lr():
         assert poly_lr(iteration, iters) == pytest.approx(lr, rel=1e-9)
 
 
+def test_validations_are_tenths_and_the_end():
+    assert [i for i in range(241) if validation_is_due(i, 240)] == list(range(24, 241, 24))
+    assert [i for i in range(5) if validation_is_due(i, 4)] == [1, 2, 3, 4]
+    assert [i for i in range(106) if validation_is_due(i, 105)] == [*range(11, 105, 11), 105]
+
+
 def test_loss_is_divided_by_all_pixels():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
@@ -56,16 +63,16 @@ def test_windows_lie_on_the_grid_and_end_inside():
 def test_images_of_one_size_go_together():
     sizes = [(4, 5), (4, 5), (4, 5), (5, 4), (4, 5)]
     samples = [(i, (torch.zeros(*size, 3), None)) for i, size in enumerate(sizes)]
-    assert [[i for i, _ in group] for group in equal_sizes(samples, 40)] == [[0, 1], [2], [3], [4]]
-    assert [[i for i, _ in group] for group in equal_sizes(samples, 0)] == [[0], [1], [2], [3], [4]]
+    assert [[i for i, _, _ in group] for group in equal_sizes(samples, 40)] == [[0, 1], [2], [3], [4]]
+    assert [[i for i, _, _ in group] for group in equal_sizes(samples, 0)] == [[0], [1], [2], [3], [4]]
     assert list(equal_sizes([], 40)) == []
 
 
 def test_together_or_alone_the_result_is_the_same(folder, monkeypatch):
     write_scene(folder / "images/val", folder / "annotations/val", "scene9", 1, size=(32, 48))
-    data, saved = SegmentationData("folder", folder, "val"), {}
+    data, saved = open_data("folder", folder, "val"), {}
     torch.manual_seed(0)
-    model = FCN(3, depth=18).eval()
+    model = for_inference(FCN(3, depth=18), torch.device("cpu"))
     config = {"scale": None, "crop_size": [32, 32], "stride": None}
     results = []
     for pixels in (0, 10**6):

@@ -1,4 +1,4 @@
-"""Faults of the machine, the files and the user, on the real commands: one clear line, none hangs, nothing is lost."""
+"""Faults of the machine, the files and the user: one clear line, none hangs, nothing is lost."""
 
 import os
 import shutil
@@ -9,10 +9,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder
+from conftest import make_folder, one_line, read_log, start, train_arguments
 from PIL import Image
-from test_commands import SMALL, one_line, train_arguments
-from test_long_runs import start
+
+import evaluate
+import train
+from support.command import explain
+from support.run import Run
+from support.settings import Settings, defaults
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,7 @@ def test_a_worker_that_dies(folder, tmp_path):
     assert message.startswith("train.py: error: a data-loading worker died") and "lower --workers" in message
 
 
+@pytest.mark.slow
 def test_a_file_that_vanishes(folder, tmp_path):
     process = running(tmp_path, folder)
     (folder / "images/train/scene3.png").unlink()
@@ -60,7 +65,7 @@ def test_a_file_that_vanishes(folder, tmp_path):
     assert message.startswith("train.py: error: ") and "train/scene3.png: cannot be read" in message
 
 
-def test_any_mode_and_any_size(folder, run_script):
+def test_any_mode_and_any_size(folder, run_inside):
     place = folder / "images/train"
     for mode, name in (("L", "scene1.png"), ("RGBA", "scene2.png"), ("P", "scene3.png"), ("CMYK", "scene4.jpg")):
         image = Image.open(place / f"{name[:6]}.png").convert(mode)
@@ -71,15 +76,16 @@ def test_any_mode_and_any_size(folder, run_script):
     for split in ("train", "val"):
         Image.new("RGB", (1, 1)).save(folder / f"images/{split}/tiny.png")
         Image.new("L", (1, 1)).save(folder / f"annotations/{split}/tiny.png")
-    run_script(*train_arguments(folder, "run", 4), "--crop-size", 48, 64)  # larger than any image
-    assert "mIoU" in run_script("evaluate.py", "run/best.pt", "--aug").stdout
+    larger = ("--crop-size", 48, 64, "--batch-size", 7)  # than any image; and all of them in each step
+    run_inside(train, *train_arguments(folder, "run", 1, workers=0)[1:], *larger)
+    assert "mIoU" in run_inside(evaluate, "run/best.pt", "--aug", "--workers", 0)
 
 
 def edit(path, **values):
-    state = torch.load(path, weights_only=True)
+    saved = torch.load(path, weights_only=True)
     for name, value in values.items():
-        state["model"][name] = value
-    torch.save(state, path)
+        saved["model"][name] = value
+    torch.save(saved, path)
 
 
 FAULTS = {  # what is done to a copy of the trained folder, the command, words of its message
@@ -116,18 +122,36 @@ FAULTS = {  # what is done to a copy of the trained folder, the command, words o
 
 
 @pytest.mark.parametrize("what", list(FAULTS))
-def test_a_fault_is_one_line(what, own, run_script):
+def test_a_fault_is_one_line(what, own, run_script, run_inside):
     spoil, command, words = FAULTS[what]
     if spoil:
         spoil(own)
     before = {path: path.stat().st_mtime_ns for path in (own / "run").iterdir()}
-    one_line(run_script(*command.split(), status=2), command.split()[0], words)
+    script, *arguments = command.split()
+    if what == "out cannot be made":
+        one_line(run_script(script, *arguments, status=2), script, words)
+    else:
+        module = {"train.py": train, "evaluate.py": evaluate}[script]
+        message = run_inside(module, *arguments, "--workers", 0, fails=True)
+        assert "\n" not in message and all(word in message for word in words), message
     assert {path: path.stat().st_mtime_ns for path in (own / "run").iterdir()} == before
 
 
-def test_a_damaged_log_does_not_stop_a_run(own, run_script):
+DAMAGE = b'{"iteration": 1}\n\0\0\xff\n[1]}\n{"iter'
+
+
+def test_a_damaged_log_is_mended(tmp_path):
+    settings = Settings(**defaults({}))
+    (tmp_path / "log.jsonl").write_bytes(b'{"iteration": 0, "loss": 2}\n' + DAMAGE + b'\n{"iteration": 5}\n')
+    with Run(tmp_path, settings, 5, writes=True) as run:
+        run.log(5, loss=1)
+    assert read_log(tmp_path) == [{"iteration": 0, "loss": 2}, {"iteration": 1}, {"iteration": 5, "loss": 1}]
+
+
+@pytest.mark.slow
+def test_a_damaged_log_does_not_stop_a_run(own):
     with open(own / "run/log.jsonl", "ab") as file:
-        file.write(b'{"iteration": 1}\n\0\0\xff\n[1]}\n{"iter')
+        file.write(DAMAGE)
     process = start(["train.py", "--resume", "--out", "run"], own)
     while process.poll() is None and b"\0" in (own / "run/log.jsonl").read_bytes():
         time.sleep(0.05)
@@ -138,19 +162,30 @@ def test_a_damaged_log_does_not_stop_a_run(own, run_script):
 @pytest.mark.parametrize(
     "error, status, words",
     [
-        (
+        pytest.param(
             "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')",
             2,
             "lower --batch-size or --crop-size",
+            marks=pytest.mark.slow,
         ),
-        ("RuntimeError('unable to allocate shared memory(shm) for file </torch_1>')", 2, "/dev/shm is full"),
         ("ValueError('a mistake of ours')", 1, "a mistake of ours"),  # its traceback is wanted, but no waiting
     ],
-    ids=["memory", "shm", "ours"],
+    ids=["memory", "ours"],
 )
 def test_an_error_in_the_step_ends_at_once(error, status, words, folder, tmp_path):
-    code = f"import torch, train, cli\ndef step(*a): raise {error}\ntrain.training_step = step\ncli.run(train.main)"
-    process = start(["-c", code, "--dataset", "folder", "--data-root", folder, *SMALL, "--workers", 2], tmp_path)
+    code = f"""
+import torch, train
+from support.command import run_command
+def step(*arguments): raise {error}
+train.training_step = step
+run_command(train.main)"""
+    process = start(["-c", code, *train_arguments(folder, "run", workers=2)[1:]], tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status and words in err.splitlines()[-1]
     assert ("Traceback" in err) == (status == 1)
+
+
+def test_memory_that_is_full_is_named():
+    assert "lower --batch-size" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "/dev/shm is full" in explain(RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"))
+    assert explain(RuntimeError("another mistake")) is None

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_commands import train_arguments
-from test_published import published
+from conftest import published, train_arguments
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import evaluate
+import train
 from gcnet import GCBlock, SimplifiedNonLocalBlock, add_gc_blocks
 from resnet_d8 import FCN, ResNetD8
-from support import checkpoint, settings
-from support.layouts import InputError
+from support import checkpoint
+from support.command import InputError
+from tools import predict
 
 GOLDEN = reference.arrays("context")
 
@@ -170,24 +172,24 @@ def test_weights_without_the_blocks_leave_them_fresh(tmp_path):
         checkpoint.load_backbone(plain, tmp_path / "with.pth", 18)
 
 
-def test_commands(folder, run_script, tmp_path, monkeypatch):
+def test_commands(folder, run_inside, tmp_path):
     """Training, resuming, evaluating and predicting build the model that the run names."""
     torch.save(published("gcnet", classes=3), tmp_path / "plain.pth")
-    train = (*train_arguments(folder, "run", 1), "--gc-backbone", 16, "--init", "plain.pth")
-    assert "all weights, classifiers too; the backbone's GC blocks start anew" in run_script(*train).stdout
+    arguments = (*train_arguments(folder, "run", 1, workers=0)[1:], "--gc-backbone", 16, "--init", "plain.pth")
+    note = "all weights, classifiers too; the backbone's GC blocks start anew"
+    assert note in run_inside(train, *arguments)
     state = checkpoint.load(tmp_path / "run/last.pt")
     assert state["config"]["gc_backbone"] == 16
     assert state["model"]["backbone.layer2.0.context_block.channel_add_conv.0.weight"].shape == (8, 128, 1, 1)
     assert state["model"]["backbone.layer4.1.context_block.channel_add_conv.3.weight"].abs().max() > 0
     image = folder / "images/val/scene1.png"
-    run_script("train.py", "--resume", "--out", "run")
-    assert "mIoU" in run_script("evaluate.py", "run/last.pt").stdout
-    assert "1 images" in run_script("tools/predict.py", image, "--checkpoint", "run/last.pt").stdout
+    run_inside(train, "--resume", "--out", "run")
+    assert "mIoU" in run_inside(evaluate, "run/last.pt", "--workers", 0)
+    assert "1 images" in run_inside(predict, image, "--checkpoint", "run/last.pt")
 
     with pytest.raises(InputError, match="last.pt: does not fit.*context_block"):
         checkpoint.load_initial(
             checkpoint.build_model(state["config"] | {"gc_backbone": None}), tmp_path / "run/last.pt"
         )
-    monkeypatch.setattr("sys.argv", ["train.py", "--resume", "--out", str(tmp_path / "run"), "--gc-backbone", "4"])
-    with pytest.raises(InputError, match="--gc-backbone 4: the run in .* has 16"):
-        settings.parse("")
+    message = run_inside(train, "--resume", "--out", "run", "--gc-backbone", 4, fails=True)
+    assert message == "--gc-backbone 4: the run in run has 16"

@@ -1,13 +1,17 @@
-"""Small trees in each data set's own layout, right and wrong; the commands of data.py."""
+"""Small trees in each data set's own layout, right and wrong; the tools that prepare and check them."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data import VOID, SegmentationData
-from support.layouts import InputError
-from tools import check_data as data_tools
+import train
+from data import open_data
+from support.class_weights import class_weights
+from support.command import InputError
+from support.images import VOID
+from support.scan import scan
+from tools import check_data, voc_aug
 
 
 def image(path, size=(6, 4)):
@@ -38,30 +42,31 @@ def cityscapes(tmp_path):
 
 
 def test_cityscapes(cityscapes):
-    data = SegmentationData("cityscapes", cityscapes, "train")
+    data = open_data("cityscapes", cityscapes, "train")
     assert [path.name for path, _ in data.files] == [
         "aachen_000000_000019_leftImg8bit.png",
         "bonn_000000_000019_leftImg8bit.png",
     ]
     assert data[0][1][0].tolist() == [0, 1, 18, VOID, VOID, VOID]
+    assert [data.submission[i] for i in (0, 13, 18)] == [7, 26, 33]
     ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     assert [data.table[i] for i in ids] == list(range(19)) and (np.delete(data.table, ids) == VOID).all()
     assert (
         len(data.classes) == len(data.palette) == 19 and data.classes[13] == "car" and data.palette[0] == (128, 64, 128)
     )
-    assert len(SegmentationData("cityscapes769", cityscapes, "val")) == 1
+    assert len(open_data("cityscapes769", cityscapes, "val")) == 1
 
     for path in cityscapes.rglob("*_labelIds.png"):
         label(path.with_name(path.name.replace("labelIds", "labelTrainIds")), (0, 18, 255))
         path.unlink()
-    data = SegmentationData("cityscapes", cityscapes, "val")
+    data = open_data("cityscapes", cityscapes, "val")
     assert data[0][1][0].tolist() == [0, 18, VOID, 0, 0, 0]
     label(data.files[0][1], (19,))
     with pytest.raises(InputError, match="labelTrainIds.png: holds the value 19"):
         data[0]
     data.files[0][1].unlink()
     with pytest.raises(InputError, match="lindau_000000_000019_leftImg8bit.png: has no label"):
-        SegmentationData("cityscapes", cityscapes, "val")
+        open_data("cityscapes", cityscapes, "val")
 
 
 def test_ade20k(tmp_path):
@@ -69,7 +74,7 @@ def test_ade20k(tmp_path):
     for split in ("training", "validation"):
         image(root / f"images/{split}/ADE_1.jpg")
         label(root / f"annotations/{split}/ADE_1.png", (0, 1, 150, 255))
-    data = SegmentationData("ade20k", tmp_path, "val")
+    data = open_data("ade20k", tmp_path, "val")
     assert data[0][1][0].tolist() == [VOID, 0, 149, VOID, VOID, VOID]
     assert len(data.classes) == len(data.palette) == 150 and data.classes[0] == "wall" and data.classes[149] == "flag"
     label(data.files[0][1], (151,))
@@ -98,7 +103,7 @@ def voc(tmp_path):
 
 
 def test_voc12aug(voc):
-    data = SegmentationData("voc12aug", voc.parent.parent, "train")
+    data = open_data("voc12aug", voc.parent.parent, "train")
     assert [str(path.relative_to(voc)) for _, path in data.files] == [
         "SegmentationClass/2007_1.png",
         "SegmentationClass/2007_2.png",
@@ -106,73 +111,77 @@ def test_voc12aug(voc):
     ]
     assert data[0][1][0].tolist() == [0, 20, VOID, 0, 0, 0] and data[2][1].unique().tolist() == [5]
     assert data.palette[1] == (128, 0, 0) and data.palette[20] == (0, 64, 128) and data.classes[20] == "tvmonitor"
-    assert len(SegmentationData("voc12aug", voc, "val")) == 1
-    assert SegmentationData("voc12aug", voc, "test")[0][1] is None
+    assert len(open_data("voc12aug", voc, "val")) == 1
+    assert open_data("voc12aug", voc, "test")[0][1] is None
     (voc / "ImageSets/Segmentation/aug.txt").unlink()
-    with pytest.raises(InputError, match="aug.txt: missing; make it with: python data.py voc-aug"):
-        SegmentationData("voc12aug", voc, "train")
+    with pytest.raises(InputError, match="aug.txt: missing; make it with: python -m tools.voc_aug"):
+        open_data("voc12aug", voc, "train")
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "cityscapes769", "ade20k", "voc12aug", "folder"])
 def test_a_wrong_root_is_told_the_layout(name, tmp_path):
     with pytest.raises(InputError, match=r"there is no \w+/ in it; .*--data-root.* holds .*\*"):
-        SegmentationData(name, tmp_path / "nowhere", "train")
+        open_data(name, tmp_path / "nowhere", "train")
 
 
-def test_voc_aug_command(voc, tmp_path, run_script):
+def test_voc_aug(voc, tmp_path, run_inside):
     savemat = pytest.importorskip("scipy.io", reason="SBD's files are made and read with scipy").savemat
     (tmp_path / "sbd/dataset/cls").mkdir(parents=True)
     for value, name in enumerate(("2007_1", "2007_3", "2009_4", "2010_5"), 1):
         content = {"GTcls": {"Segmentation": np.full((4, 6), value, np.uint8), "Boundaries": 0}}
         savemat(tmp_path / f"sbd/dataset/cls/{name}.mat", content)
         image(voc / f"JPEGImages/{name}.jpg")
-    done = run_script("data.py", "voc-aug", tmp_path / "sbd", "--data-root", voc)
-    assert "2 images" in done.stdout
+    assert "2 images" in run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc)
     (tmp_path / "none/cls").mkdir(parents=True)
-    done = run_script("data.py", "voc-aug", tmp_path / "none", "--data-root", voc, status=2)
-    assert "holds none of SBD's .mat files" in done.stderr
+    message = run_inside(voc_aug, tmp_path / "none", "--data-root", voc, fails=True)
+    assert "holds none of SBD's .mat files" in message
     assert (voc / "ImageSets/Segmentation/aug.txt").read_text().split() == ["2009_4", "2010_5"]
-    data = SegmentationData("voc12aug", voc, "train")
+    data = open_data("voc12aug", voc, "train")
     assert [data[i][1].unique().tolist() for i in (2, 3)] == [[3], [4]]
     (tmp_path / "sbd/dataset/cls/2010_6.mat").write_bytes(b"no mat")
-    done = run_script("data.py", "voc-aug", tmp_path / "sbd", "--data-root", voc, status=2)
-    assert "2010_6.mat: is not one of SBD's label files" in done.stderr and "Traceback" not in done.stderr
+    message = run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc, fails=True)
+    assert "2010_6.mat: is not one of SBD's label files" in message
 
 
-def test_check_command(folder, run_script):
-    done = run_script("data.py", "check", "--data-root", folder)
-    assert "train: 6 of 6 pairs are good; 1 sizes (width x height): 48x40 (6)" in done.stdout
-    assert "house" in done.stdout and "good: nothing in the way" in done.stdout
+def test_check_command(folder, run_script, run_inside, capsys):
+    done = run_inside(check_data, "--data-root", folder, "--workers", 0)
+    assert "train: 6 of 6 pairs are good; 1 sizes (width x height): 48x40 (6)" in done
+    assert "house" in done and "good: nothing in the way" in done
     label(folder / "annotations/train/scene1.png", (7,))
     (folder / "images/val/scene1.png").write_bytes(b"")
-    done = run_script("data.py", "check", "--data-root", folder, status=2)
+    done = run_script("tools.check_data", "--data-root", folder, status=2)
     assert "scene1.png: holds the value 7" in done.stdout and "val/scene1.png: cannot be read" in done.stdout
-    assert "data.py: error: 2 problems must be mended" in done.stderr
+    assert "check_data.py: error: 2 problems must be mended" in done.stderr
 
 
-def test_check_finds_what_train_would_refuse(folder, run_script):
+def test_check_finds_what_train_would_refuse(folder, run_inside, capsys):
     for path in (folder / "annotations/val").rglob("*.png"):
         label(path, (255,))
         image = folder / "images/val" / path.relative_to(folder / "annotations/val")
         Image.new("RGB", (6, 4)).save(image)
-    assert "val: all labels are void" in run_script("data.py", "check", "--data-root", folder, status=2).stdout
+    arguments = ("--data-root", folder, "--workers", 0)
+    assert "1 problem must be mended" in run_inside(check_data, *arguments, fails=True)
+    assert "val: all labels are void" in capsys.readouterr().out
     (folder / "annotations/train").rename(folder / "annotations/other")
-    done = run_script("data.py", "check", "--data-root", folder, "--split", "train", status=2)
-    assert "has no label; its split has no folder of labels" in done.stdout
+    run_inside(check_data, *arguments, "--split", "train", fails=True)
+    assert "has no label; its split has no folder of labels" in capsys.readouterr().out
 
 
-def test_class_weights(folder, run_script):
-    data = SegmentationData("folder", folder, "train")
+def test_class_weights(folder, run_inside, monkeypatch):
+    data = open_data("folder", folder, "train")
     labels = torch.stack([data[i][1] for i in range(len(data))])
     share = torch.tensor(
         [(labels == c).sum() / sum((y != VOID).sum() for y in labels if (y == c).any()) for c in range(3)]
     )
-    torch.testing.assert_close(data_tools.class_weights(["balanced"], data), share.median() / share)
-    assert data_tools.class_weights(["1", "0.5", "2"], data).tolist() == [1, 0.5, 2]
-    assert [len(data_tools.scan(data, rank=rank, world=4)) for rank in range(4)] == [2, 2, 1, 1]
+    torch.testing.assert_close(class_weights(["balanced"], data, "cpu", 0), share.median() / share)
+    assert class_weights(["1", "0.5", "2"], data, "cpu", 0).tolist() == [1, 0.5, 2]
     for given in (["1", "2"], ["1", "x", "2"], ["1", "-1", "1"], ["1", "inf", "1"], ["0", "0", "0"]):
         with pytest.raises(InputError, match="class-weights: takes 'balanced' or 3 numbers"):
-            data_tools.class_weights(given, data)
+            class_weights(given, data, "cpu", 0)
     common = ("--dataset", "folder", "--data-root", folder, "--depth", 18, "--crop-size", 32, 32, "--iters", 1)
-    done = run_script("train.py", *common, "--workers", 0, "--class-weights", "balanced")
-    assert "mIoU" in done.stdout
+    assert "mIoU" in run_inside(train, *common, "--workers", 0, "--class-weights", "balanced")
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr("support.scan.rank_and_world", lambda rank=rank: (rank, 4))
+        shares.append(len(scan(data, 0)))
+    assert shares == [2, 2, 1, 1]

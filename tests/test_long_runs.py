@@ -1,33 +1,25 @@
 """What may happen in a week of training: kills, full disks, dying ranks, losses that are not finite, precisions."""
 
-import json
 import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_folder
+from conftest import ROOT, changed, make_folder, read_log, same_weights, start, train_arguments
 from PIL import Image
-from test_commands import changed, same_weights, train_arguments
+
+import train
 
 # The real command, but it saves after every step, so that kills hit the writing too.
-OFTEN = "import train; from support import command as cli; train.SAVE_SECONDS = 0; cli.run(train.main)"
+OFTEN = "import train; from support import command, run; run.SAVE_SECONDS = 0; command.run_command(train.main)"
 
 
-def start(arguments, folder, **options):
-    script = [ROOT / arguments[0]] if arguments[0] == "train.py" else arguments[:1]
-    command = [sys.executable, *(str(part) for part in (*script, *arguments[1:]))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes, **options)
-
-
+@pytest.mark.slow
 def test_twenty_kills(folder, run_script, tmp_path):
     """SIGKILL at random moments, then the same weights, bit for bit, as of a run left alone."""
     run_script(*train_arguments(folder, "whole", 30))
@@ -52,6 +44,7 @@ def test_twenty_kills(folder, run_script, tmp_path):
     assert same_weights(tmp_path / "whole/last.pt", last)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(folder, run_script, tmp_path):
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
@@ -62,7 +55,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, run_script, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     before = (tmp_path / "run/last.pt").read_bytes()
-    process = start([ROOT / "train.py", "--resume", "--out", "run"], tmp_path, preexec_fn=limited)
+    process = start(["train.py", "--resume", "--out", "run"], tmp_path, preexec_fn=limited)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in err
     message = err.strip().splitlines()[-1]
@@ -71,6 +64,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, run_script, tmp_path):
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_started_again(folder, run_script, tmp_path):
     arguments = train_arguments(folder, "whole", 10)
     run_script(*arguments, processes=2)
@@ -85,6 +79,7 @@ def test_a_rank_that_dies_is_started_again(folder, run_script, tmp_path):
     assert same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_speaks_alone(folder, run_script):
     path = folder / "annotations/train/scene2.png"
     Image.fromarray(np.full((40, 48), 9, np.uint8)).save(path)
@@ -95,31 +90,31 @@ def test_a_rank_that_fails_speaks_alone(folder, run_script):
     assert 'train.py", line' not in done.stderr
 
 
+@pytest.mark.slow
 def test_gradients_of_two_processes(tmp_path):
     process = start(["-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "tests/ddp_gradients.py"], tmp_path)
     out, err = process.communicate(timeout=120)
     assert out.count("equal") == 2, err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder, run_script, tmp_path):
-    run = "import train; from support import command as cli; loss = train.segmentation_loss; train.segmentation_loss = {}; cli.run(train.main)"
-    broken = run.format("lambda *a: loss(*a) * (float('nan') if train.poly_lr.calls > 4 else 1)")
-    counted = """
-import train
-poly_lr = train.poly_lr
-def count(*arguments):
-    count.calls += 1
-    return poly_lr(*arguments)
-count.calls = 0
-train.poly_lr = count
-"""
-    process = start(["-c", counted + broken, *train_arguments(folder, "run", 20)[1:]], tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "Traceback" not in err
-    message = err.strip().splitlines()[-1]
+def test_a_loss_that_is_not_finite_stops_the_run(folder, run_inside, tmp_path, monkeypatch):
+    rates = []
+
+    def poly_lr(*arguments, poly_lr=train.poly_lr):
+        rates.append(poly_lr(*arguments))
+        return rates[-1]
+
+    def loss(*arguments, loss=train.segmentation_loss):
+        return loss(*arguments) * (float("nan") if len(rates) > 4 else 1)
+
+    monkeypatch.setattr(train, "poly_lr", poly_lr)
+    monkeypatch.setattr(train, "segmentation_loss", loss)
+    monkeypatch.setattr(train, "validation_is_due", lambda *arguments: False)
+    message = run_inside(train, *train_arguments(folder, "run", 20, workers=0)[1:], fails=True)
     assert "iteration 4: the loss is nan, learning rate 0.0082" in message and message.count("scene") == 2
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert max(line["iteration"] for line in log) == 4 and all("NaN" not in str(line) for line in log)
+    log = read_log(tmp_path / "run")
+    assert max(line["iteration"] for line in log) == 3 and all("NaN" not in str(line) for line in log)
+    assert not (tmp_path / "run/last.pt").exists()
 
 
 LIKE = ("--lr", "0.003", "--workers", 0)
@@ -128,15 +123,15 @@ LIKE = ("--lr", "0.003", "--workers", 0)
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory):
     folder = make_folder(tmp_path_factory.mktemp("exact"))
-    start([*train_arguments(folder, "run", 8), *LIKE, "--batch-size", 4], folder).communicate(timeout=200)
+    start([*train_arguments(folder, "run", 5), *LIKE, "--batch-size", 4], folder).communicate(timeout=200)
     return losses(folder / "run")
 
 
 def losses(run):
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return np.array([line["loss"] for line in lines if "loss" in line])
+    return np.array([line["loss"] for line in read_log(run) if "loss" in line])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, tolerance",
     [
@@ -152,6 +147,6 @@ def losses(run):
     ids=["bf16", "fp16", "accumulate", "compile"],
 )
 def test_the_loss_curve_stays(options, tolerance, exact, folder, run_script, tmp_path):
-    run_script(*train_arguments(folder, "run", 8), *LIKE, *options)
-    assert len(exact) == 8
+    run_script(*train_arguments(folder, "run", 5), *LIKE, *options)
+    assert len(exact) == 5
     np.testing.assert_allclose(losses(tmp_path / "run"), exact, rtol=tolerance)

@@ -1,28 +1,22 @@
-"""predict.py on images of every kind; the label maps that evaluate.py saves and submits."""
+"""tools/predict.py on images of every kind; the label maps that evaluate.py saves and submits."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_scene
+from conftest import save_model, write_scene
 from PIL import Image
 
-from data import read_image
-from support import checkpoint
-from support.layouts import CITYSCAPES_IDS, InputError
-from tools.predict import find_images
+import evaluate
+from support.classes import CITYSCAPES
+from support.command import InputError
+from support.images import read_image
+from support.layouts import CITYSCAPES_IDS, find_images
+from tools import predict
 
 
 @pytest.fixture
 def model(tmp_path):
-    """A checkpoint of GCNet with 19 classes whose weights are as they start."""
-    torch.manual_seed(0)
-    names = [f"class {i}" for i in range(19)]
-    config = {"model": "gcnet", "depth": 18, "align_corners": False, "dataset": "folder", "data_root": None}
-    config |= {"scale": None, "crop_size": [32, 32], "stride": None, "classes": names}
-    config["palette"] = [[i, 2 * i, 99] for i in range(19)]
-    state = {"model": checkpoint.build_model(config).state_dict(), "config": config}
-    checkpoint.save(state, tmp_path / "model.pt")
-    return tmp_path / "model.pt"
+    return save_model(tmp_path / "model.pt", "gcnet", CITYSCAPES)
 
 
 def test_images_of_every_kind(tmp_path):
@@ -45,11 +39,11 @@ def test_images_of_every_kind(tmp_path):
     assert read_image(tmp_path / "turned.png").equal(torch.tensor(np.rot90(exact, -1).copy()))
 
 
-def test_predict(model, run_script, tmp_path):
+def test_predict(model, run_script, run_inside, tmp_path):
     (tmp_path / "photos/sub").mkdir(parents=True)
     for name, size in {"photos/a.jpg": (70, 40), "photos/sub/a.png": (1, 1), "b.PNG": (33, 47)}.items():
         Image.new("RGB", size, (200, 100, 50)).save(tmp_path / name)
-    done = run_script("tools/predict.py", "photos", "*.PNG", "--checkpoint", model, "--out", "out")
+    done = run_script("tools.predict", "photos", "*.PNG", "--checkpoint", model, "--out", "out")
     assert "3 images: out/*_overlay.png" in done.stdout
     for name, size in {"a": (70, 40), "sub/a": (1, 1), "b": (33, 47)}.items():
         labels = Image.open(tmp_path / f"out/{name}_labels.png")
@@ -60,8 +54,8 @@ def test_predict(model, run_script, tmp_path):
         assert overlay.height > size[1]  # the legend below
         shade = np.asarray(overlay)[0, 0, 0]
         assert abs(int(shade) - (200 + coloured[0, 0, 0]) / 2) <= 3
-    missing = run_script("tools/predict.py", "nothing*.jpg", "--checkpoint", model, status=2)
-    assert missing.stderr == "predict.py: error: nothing*.jpg: there are no images there\n"
+    missing = run_inside(predict, "nothing*.jpg", "--checkpoint", model, fails=True)
+    assert missing == "nothing*.jpg: there are no images there"
 
 
 def test_results_never_overwrite_each_other(tmp_path):
@@ -72,31 +66,33 @@ def test_results_never_overwrite_each_other(tmp_path):
         find_images([str(tmp_path / "one"), str(tmp_path / "two")])
 
 
-def test_save_and_submit(model, run_script, tmp_path):
+def test_save_and_submit(model, run_inside, tmp_path):
     write_scene(tmp_path / "own/images/test", tmp_path / "unused", "deep/x", 0)
-    (tmp_path / "own/classes.txt").write_text("\n".join(f"class {i}" for i in range(19)))
-    data = ("--dataset", "folder", "--data-root", "own", "--split", "test")
-    assert "no labels; --save DIR" in run_script("evaluate.py", model, *data, status=2).stderr
-    done = run_script("evaluate.py", model, *data, "--save", "maps")
-    assert "mIoU" not in done.stdout and "1 label maps in maps/" in done.stdout
-    labels = np.asarray(Image.open(tmp_path / "maps/x.png"))
+    (tmp_path / "own/classes.txt").write_text("\n".join(CITYSCAPES))
+    data = ("--dataset", "folder", "--data-root", "own", "--split", "test", "--workers", 0)
+    assert "no labels; --save DIR" in run_inside(evaluate, model, *data, fails=True)
+    done = run_inside(evaluate, model, *data, "--save", "maps")
+    assert "mIoU" not in done and "1 label maps in maps/" in done
+    saved = Image.open(tmp_path / "maps/deep/x.png")  # below the folder as the image is below its own
+    labels = np.asarray(saved)
     assert labels.shape == (40, 48) and labels.max() < 19
+    assert saved.mode == "P" and saved.getpalette()[:6] == [128, 0, 0, 0, 128, 0]
 
     city = tmp_path / "city/leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png"
     city.parent.mkdir(parents=True)
     Image.open(tmp_path / "own/images/test/deep/x.png").save(city)
-    data = ("--dataset", "cityscapes", "--data-root", "city", "--split", "test")
-    run_script("evaluate.py", model, *data, "--submit", "ids")
+    data = ("--dataset", "cityscapes", "--data-root", "city", "--split", "test", "--workers", 0)
+    run_inside(evaluate, model, *data, "--submit", "ids")
     submitted = np.asarray(Image.open(tmp_path / f"ids/{city.name}"))
     assert (submitted == np.array(CITYSCAPES_IDS)[labels]).all()
 
 
-def test_no_file_of_the_data_set_is_overwritten(model, run_script, tmp_path):
+def test_no_file_of_the_data_set_is_overwritten(model, run_inside, tmp_path):
     write_scene(tmp_path / "own/images/val", tmp_path / "own/annotations/val", "x", 0)
-    (tmp_path / "own/classes.txt").write_text("\n".join(f"class {i}" for i in range(19)))
+    (tmp_path / "own/classes.txt").write_text("\n".join(CITYSCAPES))
     before = [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))]
     for folder in ("own/annotations/val", "own/images/val"):
-        done = run_script("evaluate.py", model, "--dataset", "folder", "--data-root", "own", "--save", folder, status=2)
-        assert "would be overwritten" in done.stderr
+        message = run_inside(evaluate, model, "--data-root", "own", "--save", folder, fails=True)
+        assert "would be overwritten" in message
     assert [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))] == before
-    assert "not allowed with" in run_script("evaluate.py", model, "--save", "a", "--submit", "b", status=2).stderr
+    assert "not allowed with" in run_inside(evaluate, model, "--save", "a", "--submit", "b", fails=True)

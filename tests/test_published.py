@@ -5,36 +5,13 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SLIDE, published
 from PIL import Image
 
+import evaluate
+import train
 from support import checkpoint, zoo
-from support.layouts import InputError
-
-CONFIG = """
-norm_cfg = dict(type='SyncBN', requires_grad=True)
-model = dict(
-    decode_head=dict(
-        type='{head}',
-        align_corners={align}),
-    test_cfg=dict({test}))
-dataset_type = '{dataset}Dataset'
-test_pipeline = [
-    dict(
-        type='MultiScaleFlipAug',
-        img_scale={scale},
-        flip=False)
-]
-"""
-WHOLE, SLIDE = "mode='whole'", "mode='slide', crop_size=(769, 769),\n        stride=(513, 513)"
-
-
-def published(name="gcnet", depth=18, classes=19, dataset="Cityscapes", scale=(2048, 1024), align=False, test=WHOLE):
-    weights = checkpoint.MODELS[name](classes, depth).state_dict()
-    text = CONFIG.format(head="any", align=align, test=test, dataset=dataset, scale=scale)
-    names = [f"class {i}" for i in range(classes)]
-    meta = {"CLASSES": tuple(names), "PALETTE": [[i, 0, 0] for i in range(classes)], "config": text, "time": "now"}
-    return {"meta": meta, "state_dict": weights, "optimizer": {"state": {}, "param_groups": []}}
+from support.command import InputError
 
 
 def test_every_published_name():
@@ -45,7 +22,7 @@ def test_every_published_name():
         assert name in (ROOT / "ZOO.md").read_text()
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["zip", "legacy"])
 def test_settings_come_from_the_file(legacy, tmp_path):
     for name, changes, expected in (
         ("gcnet", {}, ("cityscapes", [2048, 1024], None, None, False)),
@@ -116,7 +93,7 @@ def test_download_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
         zoo.locate(url.replace("gcnet", "other"))
 
 
-def test_commands_take_published_files(run_script, tmp_path):
+def test_commands_take_published_files(run_inside, tmp_path):
     classes = 3
     file = published("ann", classes=classes, dataset="ADE20K", scale=(64, 48))
     torch.save(file, tmp_path / "model.pth")
@@ -129,23 +106,26 @@ def test_commands_take_published_files(run_script, tmp_path):
                 (Image.new("RGB", (48, 40), colour) if colour else Image.new("L", (48, 40), i)).save(path)
     (folder / "classes.txt").write_text("class 0\nclass 1\nclass 2\n")
     data = ("--dataset", "folder", "--data-root", folder)
-    assert "mIoU" in run_script("evaluate.py", "model.pth", *data).stdout
+    assert "mIoU" in run_inside(evaluate, "model.pth", *data, "--workers", 0)
 
     small = ("--depth", 18, "--crop-size", 32, 32, "--batch-size", 2, "--iters", 1, "--workers", 0, "--lr", 1e-6)
-    same = run_script("train.py", "--model", "ann", *data, *small, "--init", "model.pth", "--out", "same")
-    assert "all weights, classifiers too" in same.stdout
+    same = run_inside(train, "--model", "ann", *data, *small, "--init", "model.pth", "--out", "same")
+    assert "all weights, classifiers too" in same
     (folder / "classes.txt").write_text("class 0\nclass 1\nclass 2\nfourth\n")
-    anew = run_script("train.py", "--model", "ann", *data, *small, "--init", "model.pth", "--out", "anew")
-    assert "all weights, but the classifiers" in anew.stdout
+    anew = run_inside(train, "--model", "ann", *data, *small, "--init", "model.pth", "--out", "anew")
+    assert "all weights, but the classifiers" in anew
     for name, kept in (("same", True), ("anew", False)):
         weights = torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
         key = "decode_head.fusion.stages.0.value_project.weight"
         torch.testing.assert_close(weights[key], file["state_dict"][key], rtol=1e-4, atol=1e-5)
         assert (weights["decode_head.conv_seg.weight"].shape[0] == classes) == kept
-    wrong = run_script("train.py", "--model", "gcnet", *data, *small, "--init", "model.pth", "--out", "no", status=2)
-    assert "model.pth: does not fit the model" in wrong.stderr and "Traceback" not in wrong.stderr
-    other = run_script("evaluate.py", "model.pth", *data, status=2)
-    assert "its 4 classes (class 0, class 1, class 2, fourth ...) are not the 3 of model.pth" in other.stderr
+    wrong = ("--model", "gcnet", *data, *small, "--init", "model.pth", "--out", "no")
+    assert "model.pth: does not fit the model" in run_inside(train, *wrong, fails=True)
+    other = run_inside(evaluate, "model.pth", *data, fails=True)
+    assert "its 4 classes (class 0, class 1, class 2, fourth ...) are not the 3 of model.pth" in other
+    (folder / "classes.txt").write_text("class 0\nclass 2\nclass 1\n")  # as many, but not the same
+    other = run_inside(evaluate, "model.pth", *data, fails=True)
+    assert "its class 1 is 'class 2', that of model.pth is 'class 1'" in other
 
 
 class HistoryBuffer:
@@ -184,11 +164,9 @@ def test_imagenet_backbone(tmp_path):
         checkpoint.load_backbone(model, tmp_path / "torchvision.pth", 18)
 
 
-def test_without_network_the_way_on_is_named(run_script, tmp_path, monkeypatch):
+def test_without_network_the_way_on_is_named(run_inside, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing answers there
-    done = run_script("train.py", "--depth", 50, "--iters", 1, status=2)
-    message = done.stderr.strip().splitlines()[-1]
+    message = run_inside(train, "--depth", 50, "--iters", 1, fails=True)
     assert "--pretrained none" in message and "resnet50_v1c-2cccc1ad.pth" in message and str(tmp_path) in message
-    done = run_script("evaluate.py", "gcnet_r50-d8_512x512_80k_ade20k", status=2)
-    assert "cannot be fetched" in done.stderr and "Traceback" not in done.stderr
+    assert "cannot be fetched" in run_inside(evaluate, "gcnet_r50-d8_512x512_80k_ade20k", fails=True)

@@ -1,12 +1,11 @@
 """What shows a run's course, where the packages for it are installed: curves.png and TensorBoard's events."""
 
-import json
-
 import numpy as np
 import pytest
+from conftest import read_log, train_arguments
 from PIL import Image
-from test_commands import train_arguments
 
+import train
 from support.pictures import curves
 
 
@@ -19,8 +18,7 @@ def test_curves(tmp_path):
         lines += [{"iteration": i, "val_loss": 0.5 - i / 100, "mIoU": i / 10} for i in (3, 6, 9)]
         for name, value in changed.items():
             next(line for line in lines if line["iteration"] == 6 and name in line)[name] = value
-        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        curves(tmp_path)
+        curves(lines, tmp_path / "curves.png")
         return np.split(np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")), 3, axis=1)
 
     plain = panels()
@@ -30,11 +28,11 @@ def test_curves(tmp_path):
         assert changed == [i == panel for i in range(3)], name
 
 
-def test_tensorboard(folder, run_script, tmp_path):
+def test_tensorboard(folder, run_inside, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run_script(*train_arguments(folder, "run", 4))
+    run_inside(train, *train_arguments(folder, "run", workers=0)[1:])
     board = events.EventAccumulator(str(tmp_path / "run")).Reload()
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "run")
     for tag in ("loss", "aux_loss", "lr", "mIoU", "val_loss"):
         logged = [(line["iteration"], line[tag]) for line in log if tag in line]
         assert [(event.step, pytest.approx(event.value)) for event in board.Scalars(tag)] == logged

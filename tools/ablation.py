@@ -1,7 +1,7 @@
-"""The ablation: every model on the scenes of context.py, with several seeds and one recipe, as one table in Markdown.
+"""The ablation: every model on the scenes `context`, with several seeds and one recipe, as one table in Markdown.
 
-    python ablation.py                                  # 15 runs below runs/ablation/, on two CPU cores under an hour
-    python ablation.py --model fcn gcnet --seeds 1      # what is finished is not run again; what was stopped goes on
+    python -m tools.ablation                              # 15 runs below runs/ablation/, on two CPU cores under an hour
+    python -m tools.ablation --model fcn gcnet --seeds 1  # what is finished is not run again; what was stopped goes on
 
 mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds are those of one image in eval mode;
 images/s are what the training took in.
@@ -15,24 +15,25 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import checkpoint
-from support.command import Parser, run
-from support.layouts import InputError
-from support.settings import PRESETS, positive
+from support.checkpoint import build_model
+from support.command import InputError, Parser, positive, run_command
+from support.run import read_config, read_log
+from support.settings import PRESETS
 
-MODELS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")
+TRAIN = Path(__file__).parent.parent / "train.py"
+ROWS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")  # of the table, the baseline first
 HEAD = "| model | mIoU | lowest, highest | parameters (M) | multiply-adds (G) | images/s |\n|---|--:|--:|--:|--:|--:|"
 
 
 def result(out, iters):
     """The mIoU of the run in a folder after `iters` steps, None if it has not come so far."""
-    lines = checkpoint.read_log(out)
+    lines = read_log(out)
     return next((line["mIoU"] for line in lines if line["iteration"] == iters and "mIoU" in line), None)
 
 
 def train(out, model, seed, iters):
     """Runs train.py, which goes on with what the folder holds."""
-    command = [sys.executable, Path(__file__).parent.parent / "train.py", "--dataset", "context", "--out", out]
+    command = [sys.executable, TRAIN, "--dataset", "context", "--out", out]
     command += ["--model", model, "--seed", seed, "--iters", iters]
     command += ["--resume"] * (out / "config.json").exists()
     process = subprocess.Popen([str(word) for word in command])
@@ -48,21 +49,22 @@ def train(out, model, seed, iters):
 def row(model, runs, iters):
     """A model's line of the table, from the folders of its runs."""
     results = [result(out, iters) for out in runs]
-    lines = [line for out in runs for line in checkpoint.read_log(out) if "loss" in line]
+    lines = [line for out in runs for line in read_log(out) if "loss" in line]
     speed = statistics.median(line["images_per_second"] for line in lines)
-    config = checkpoint.read_config(runs[0])
+    config = read_config(runs[0])
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        empty = checkpoint.build_model(config).eval()
+        empty = build_model(config).eval()
         empty(torch.empty(1, 3, *config["crop_size"]))
-    size, work = sum(p.numel() for p in empty.parameters()), counter.get_total_flops() / 2
+    parameters = sum(p.numel() for p in empty.parameters()) / 1e6
+    multiply_adds = counter.get_total_flops() / 2e9
     mean, low, high = (100 * value for value in (statistics.mean(results), min(results), max(results)))
-    return f"| {model} | {mean:.1f} | {low:.1f}, {high:.1f} | {size / 1e6:.2f} | {work / 1e9:.3f} | {speed:.1f} |"
+    return f"| {model} | {mean:.1f} | {low:.1f}, {high:.1f} | {parameters:.2f} | {multiply_adds:.3f} | {speed:.1f} |"
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", choices=MODELS, nargs="+", default=MODELS, help="default: all five")
+    add("--model", choices=ROWS, nargs="+", default=ROWS, help="default: all five")
     add("--seeds", type=positive, default=3, help="runs of each model, seeds 0, 1, ... (default: 3)")
     add("--iters", type=positive, default=PRESETS["context"].iters, help="steps of a run (default: %(default)s)")
     add("--out", default="runs/ablation", help="where the runs' folders are (default: runs/ablation)")
@@ -76,4 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,9 +1,9 @@
 """Where does a pixel look? A context block's attention as pictures, as a page to explore, and in GCNet's numbers.
 
-    python attention.py                                           # the newest run, on images of its own data set
-    python attention.py runs/A/best.pt photo.jpg --query 320 200  # the query of your choice, in pixels
-    python attention.py runs/A/best.pt runs/B/best.pt photos/ --html
-    python attention.py runs/A/best.pt --statistics               # does attention depend on the query?
+    python -m tools.attention                                           # the newest run, on images of its own data set
+    python -m tools.attention runs/A/best.pt photo.jpg --query 320 200  # the query of your choice, in pixels
+    python -m tools.attention runs/A/best.pt runs/B/best.pt photos/ --html
+    python -m tools.attention runs/A/best.pt --statistics               # does attention depend on the query?
 
 Writes OUT/NAME.png for each image: a row for each block, a panel for each query point, as in figure 1 of GCNet. --html
 writes OUT/attention.html too, a page of one file, where the pointer is the query. --statistics prints mean cosine
@@ -19,6 +19,7 @@ and in a non-local block also while its weights for all positions are still alik
 import base64
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,14 +30,16 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ann import AsymmetricNonLocalBlock
-from data import InputError, SegmentationData, read_image
-from evaluate import predict
+from evaluate import data_of, predict
 from nonlocal_net import NonLocalBlock
-from support import checkpoint, zoo
-from support.command import Parser, run, start_process, whole_number
+from support import zoo
+from support.checkpoint import load_model
+from support.command import InputError, Parser, run_command, start_process, whole_number
+from support.images import read_image
+from support.layouts import find_images
 from support.pictures import INK, PAPER
+from support.run import newest_checkpoint
 from support.settings import PRESETS
-from tools.predict import find_images
 
 BLOCKS = {  # by their names below decode_head
     "nl_block": "non-local block",
@@ -92,17 +95,16 @@ def query_and_key(block, x, y=None):
 def observe(model, image, config):
     """A list of Seen, one for each context block, and for each window if the config says so; the arguments are those
     of evaluate.predict, which also prepares the image."""
-    seen, hooks = [], []
-    for name, block in model.decode_head.named_modules():
-        if name in BLOCKS:
+    seen = []
+    titles = {block: BLOCKS[name] for name, block in model.decode_head.named_modules() if name in BLOCKS}
 
-            def look(block, inputs, output, title=BLOCKS[name]):
-                pooled = isinstance(block, AsymmetricNonLocalBlock)
-                added = block.forward(*inputs[:2]) if pooled else output - inputs[0]
-                for parts in zip(*query_and_key(block, *inputs[:2]), inputs[0], added, strict=True):
-                    seen.append(Seen(title, pooled, *parts))
+    def look(block, inputs, output):
+        pooled = isinstance(block, AsymmetricNonLocalBlock)
+        added = output if pooled else output - inputs[0]
+        for parts in zip(*query_and_key(block, *inputs), inputs[0], added, strict=True):
+            seen.append(Seen(titles[block], pooled, *parts))
 
-            hooks.append(block.register_forward_hook(look))
+    hooks = [block.register_forward_hook(look) for block in titles]
     predict(model, image[None], config)
     for hook in hooks:
         hook.remove()
@@ -136,7 +138,8 @@ def cosine_distance(parts):
     Takes the vectors as the rows of float (n, C) tensors, one tensor after another, so that they are never held at
     once: the sum of all cosines is |sum_i v_i / |v_i||^2. Vectors of zeros have no direction, and are left out.
     """
-    total, count = torch.zeros(()), 0
+    total = torch.zeros(())
+    count = 0
     for part in parts:
         vectors = part.double()[part.any(1)]
         total = total + F.normalize(vectors, dim=1, eps=0).sum(0)
@@ -167,17 +170,18 @@ def levels(maps):
 
 
 def heat(levels):
-    """uint8 RGB image of uint8 (H, W), along RAMP."""
+    """Pillow's RGB image of uint8 (H, W), along RAMP."""
     stops = np.linspace(0, 255, len(RAMP))
     return Image.fromarray(np.stack([np.interp(levels, stops, c) for c in np.transpose(RAMP)], -1).astype(np.uint8))
 
 
 def picture(image, points, blocks, tile=224, gap=8):
-    """A row for each (title, Seen) in blocks: the image with the query points, and a panel for each of these."""
-    image, font = Image.fromarray(image.numpy()), ImageFont.load_default(14)
-    width, height = (max(round(side * tile / max(image.size)), 1) for side in image.size)
-    image = image.resize((width, height))
-    grey = image.convert("L").convert("RGB")
+    """Pillow's picture with a row for each (title, Seen) in blocks: the image uint8 (H, W, 3) with the query points,
+    and a panel for each of these."""
+    photo, font = Image.fromarray(image.numpy()), ImageFont.load_default(14)
+    width, height = (max(round(side * tile / max(photo.size)), 1) for side in photo.size)
+    photo = photo.resize((width, height))
+    grey = photo.convert("L").convert("RGB")
     step = height + 24 + gap
     canvas = Image.new("RGB", (max((len(points) + 1) * (width + gap) + gap, 960), len(blocks) * step + gap), PAPER)
     pen = ImageDraw.Draw(canvas)
@@ -191,46 +195,46 @@ def picture(image, points, blocks, tile=224, gap=8):
 
     for top, (title, seen) in zip(range(gap, canvas.height, step), blocks, strict=False):
         weights, maps = attention(seen, points)
-        maps, brightest = levels(maps)
+        panels, brightest = levels(maps)
         pen.text((gap, top), "0", INK, font)
         canvas.paste(heat(np.arange(256)[None]).resize((100, 14)), (gap + 14, top + 2))
         distance = f"distance between the queries' weights: {cosine_distance([weights]):.3f} (0: alike)"
         pen.text((gap + 120, top), f"{brightest}      {distance}      {title}", INK, font)
-        show(image, gap, top + 24, range(len(points)))
-        for i, panel in enumerate(maps):
-            panel = heat(panel).resize((width, height), Image.Resampling.NEAREST)
-            show(Image.blend(grey, panel, 0.75), gap + (i + 1) * (width + gap), top + 24, [i])
+        show(photo, gap, top + 24, range(len(points)))
+        for i, panel in enumerate(panels):
+            coloured = heat(panel).resize((width, height), Image.Resampling.NEAREST)
+            show(Image.blend(grey, coloured, 0.75), gap + (i + 1) * (width + gap), top + 24, [i])
     return canvas
 
 
 def explorable(name, image, blocks):
-    """What attention.html shows of an image and the (title, Seen) in blocks: the attention of at most SIDE x SIDE
-    queries to as many places."""
-    image, jpeg = Image.fromarray(image.numpy()), io.BytesIO()
-    size = image.size
-    image.thumbnail((640, 640))
-    image.save(jpeg, "JPEG", quality=85)
+    """What attention.html shows of an image uint8 (H, W, 3) and the (title, Seen) in blocks: the attention of at most
+    SIDE x SIDE queries to as many places."""
+    photo, jpeg = Image.fromarray(image.numpy()), io.BytesIO()
+    size = photo.size
+    photo.thumbnail((640, 640))
+    photo.save(jpeg, "JPEG", quality=85)
     shown = []
     for title, seen in blocks:
         full = seen.input.shape[1:]
-        rows, columns = keys = [max(round(side * min(SIDE / max(full), 1)), 1) for side in full]
-        if seen.query.shape[1] == 1:  # GC and SNL
-            rows = columns = 1
+        keys = [max(round(side * min(SIDE / max(full), 1)), 1) for side in full]
+        rows, columns = (1, 1) if seen.query.shape[1] == 1 else keys  # GC and SNL: one map for all queries
         points = [((x + 0.5) / columns, (y + 0.5) / rows) for y in range(rows) for x in range(columns)]
         weights, maps = attention(seen, points)
-        maps, brightest = levels(F.adaptive_avg_pool2d(maps, keys))
+        coarse, brightest = levels(F.adaptive_avg_pool2d(maps, keys))
         to_mean = (1 - F.cosine_similarity(weights, weights.mean(0, keepdim=True))).clamp(min=0) / 2
         entry = {"title": title, "queries": [rows, columns], "keys": keys, "brightest": brightest}
         entry["distance"] = f"{cosine_distance([weights]):.3f}"
         entry["to_mean"] = [f"{distance:.3f}" for distance in to_mean.tolist()]
-        shown.append(entry | {"levels": base64.b64encode(maps.tobytes()).decode()})
+        entry["levels"] = base64.b64encode(coarse.tobytes()).decode()
+        shown.append(entry)
     return {"name": name, "size": size, "image": base64.b64encode(jpeg.getvalue()).decode(), "blocks": shown}
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def main():
+def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="checkpoints (.pt, .pth, published names); images, folders, patterns")
@@ -238,77 +242,96 @@ def main():
     add("--html", action="store_true", help="write the page as well")
     add("--statistics", action="store_true", help="instead print mean cosine distances over a data set")
     add("--dataset", choices=PRESETS, help="default: the one that the first checkpoint was trained on")
-    add("--data-root", help="the data set's folder; default: the one that it was trained on")
+    add("--data-root", help="the data set's folder (default: the one that it was trained on)")
     add("--split", default="val", help="train, val or test (default: val)")
     add("--out", default="attention", help="the folder to write to (default: attention)")
     args = parser.parse_intermixed_args()
-
-    device, _, _ = start_process()
     published = zoo.published()
-    sources = [name for name in args.files if name.endswith((".pt", ".pth")) or name in published]
-    files = [name for name in args.files if name not in sources]
-    for name in files:
+    args.checkpoints = [name for name in args.files if name.endswith((".pt", ".pth")) or name in published]
+    args.images = [name for name in args.files if name not in args.checkpoints]
+    for name in args.images:
         if Path(name, "best.pt").exists():
             raise InputError(f"{name}: is a run; its checkpoint is {Path(name, 'best.pt')}")
-    if args.statistics and files:
+    if args.statistics and args.images:
         raise InputError(
-            f"{files[0]}: --statistics takes checkpoints, and a data set by --dataset, --data-root, --split"
+            f"{args.images[0]}: --statistics takes checkpoints, and a data set by --dataset, --data-root, --split"
         )
+    return args
+
+
+def load_models(sources, device):
+    """[(source, model in eval mode, config)]. Raises InputError for a model without attention."""
     models = []
-    for source in sources or [checkpoint.newest_run() / "best.pt"]:
-        model, config = checkpoint.load_model(source)
+    for source in sources:
+        model, config = load_model(source)
         if config["model"] == "fcn":
             raise InputError(f"{source}: is an FCN, which has no context block, so no attention")
         models.append((source, model.eval().to(device, memory_format=torch.channels_last), config))
-    if files:
-        images = [(name, path, lambda path=path: read_image(path)) for name, path in find_images(files).items()]
-    else:
-        config = models[0][2]
-        name = args.dataset or config["dataset"]
-        root = args.data_root or (config["data_root"] if name == config["dataset"] else None)
-        data = SegmentationData(name, root, args.split)
-        images = [(f"{args.split}{i}", data.files[i][0], lambda i=i: data[i][0]) for i in range(min(4, len(data)))]
+    return models
 
-    if args.statistics:
-        rows = {
-            f"{title} of {source}": row
-            for source, model, config in models
-            for title, row in statistics(model, data, config).items()
-        }
-        rows |= {f"published: {task}": row for task, row in PUBLISHED.items()}
-        width = max(map(len, rows))
-        print(
-            f"mean cosine distance over all pairs of positions; mean of {len(data)} images ({data.name}, {args.split})"
-        )
-        print(f"{'':<{width}}{'input':>11}{'attention':>11}{'output':>11}")
-        for title, row in rows.items():
-            print(f"{title:<{width}}" + "".join(f"{value:>11.3f}" for value in row))
-        return
 
-    out, shown = Path(args.out), []
+def images_of(args, config):
+    """[(name below OUT, path, function that reads it)] of the images to look at: those given, or a data set's first."""
+    if args.images:
+        found = find_images(args.images)
+        return [(name, path, partial(read_image, path)) for name, path in found.items()]
+    data = data_of(config, args)
+    return [(f"{args.split}{i}", data.files[i][0], lambda i=i: data[i][0]) for i in range(min(4, len(data)))]
+
+
+def query_points(args, path, image):
+    """The queries in 0..1 of the image's width and height."""
+    height, width = image.shape[:2]
+    points = [((x + 0.5) / width, (y + 0.5) / height) for x, y in args.query or []] or POINTS
+    if max(max(point) for point in points) > 1:
+        raise InputError(f"--query: {path} is {width}x{height}; x ends at {width - 1} and y at {height - 1}")
+    return points
+
+
+def print_statistics(models, args):
+    data = data_of(models[0][2], args)
+    rows = {}
+    for source, model, config in models:
+        rows |= {f"{title} of {source}": row for title, row in statistics(model, data, config).items()}
+    rows |= {f"published: {task}": row for task, row in PUBLISHED.items()}
+    width = max(map(len, rows))
+    print(f"mean cosine distance over all pairs of positions; mean of {len(data)} images (split {args.split})")
+    print(f"{'':<{width}}{'input':>11}{'attention':>11}{'output':>11}")
+    for title, row in rows.items():
+        print(f"{title:<{width}}" + "".join(f"{value:>11.3f}" for value in row))
+
+
+def write_pictures(models, args):
+    images, out, shown = images_of(args, models[0][2]), Path(args.out), []
     for name, path, read in tqdm(images, leave=False, dynamic_ncols=True):
+        if (out / f"{name}.png").resolve() == Path(path).resolve():
+            raise InputError(f"--out {out}: would overwrite the image {path}")
         image = read()
-        height, width = image.shape[:2]
-        points = [((x + 0.5) / width, (y + 0.5) / height) for x, y in args.query or []] or POINTS
-        if max(max(point) for point in points) > 1:
-            raise InputError(f"--query: {path} is {width}x{height}; x ends at {width - 1} and y at {height - 1}")
+        points = query_points(args, path, image)
         blocks = [  # a model that is evaluated in windows sees the whole image here
             (f"{seen.title} of {source}", seen)
             for source, model, config in models
             for seen in observe(model, image, config | {"stride": None})
         ]
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        if (out / f"{name}.png").resolve() == Path(path).resolve():
-            raise InputError(f"--out {out}: would overwrite the image {path}")
         picture(image, points, blocks).save(out / f"{name}.png")
         if args.html:
             shown.append(explorable(str(path), image, blocks))
     if args.html:
         values = json.dumps({"ramp": RAMP, "side": SIDE, "images": shown}).replace("<", "\\u003c")
-        page = (Path(__file__).parent / "attention.html").read_text()
+        page = Path(__file__).with_suffix(".html").read_text()
         (out / "attention.html").write_text(page.replace("DATA_HERE", values))
     print(f"{out}/: pictures of {len(images)} images" + args.html * ", attention.html (open it in a browser)")
 
 
+def main():
+    args = parse_arguments()
+    models = load_models(args.checkpoints or [newest_checkpoint()], start_process())
+    if args.statistics:
+        print_statistics(models, args)
+    else:
+        write_pictures(models, args)
+
+
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,11 +1,11 @@
 """Speed, memory and size of the models, measured on what evaluate.py and train.py run.
 
-    python benchmark.py infer --model gcnet --size 512 683      # one image; --slide H W SH SW: by windows
-    python benchmark.py train --model ann --size 256 256 --batch 2 --amp bf16
-    python benchmark.py aug --size 512 683                      # multi-scale + flip
-    python benchmark.py data --dataset cityscapes               # training samples of one core
-    python benchmark.py table                                   # all models and settings, beside the published figures
-    python benchmark.py grow                                    # the blocks against the number of positions, a picture
+    python -m tools.benchmark infer --model gcnet --size 512 683  # one image; --slide H W SH SW: by windows
+    python -m tools.benchmark train --model ann --size 256 256 --batch 2 --amp bf16
+    python -m tools.benchmark aug --size 512 683                  # multi-scale + flip
+    python -m tools.benchmark data --dataset cityscapes           # training samples of one core
+    python -m tools.benchmark table                               # all models, beside the published figures
+    python -m tools.benchmark grow                                # the blocks against the number of positions
 
 A time is the median of --repeat runs after --warmup others. Memory is the peak: what the GPU has allocated, or what of
 the process is resident.
@@ -28,17 +28,20 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from ann import APNB
-from data import SegmentationData, TrainData, to_device
-from evaluate import for_inference, predict, slide_inference, whole_inference
+from data import TrainData, open_data, to_device
+from evaluate import predict, slide_inference
 from gcnet import GCBlock
 from nonlocal_net import NonLocalBlock
-from support import checkpoint, zoo
-from support.command import Parser, run, whole_number
-from support.layouts import InputError
-from support.settings import AMP, PRESETS, positive
+from resnet_d8 import ResNetD8
+from support import zoo
+from support.checkpoint import MODELS, build_model
+from support.command import InputError, Parser, positive, run_command, whole_number
+from support.fast import for_inference
+from support.settings import AMP, PRESETS
 from train import training_step
 
 SIDES = (24, 32, 48, 64, 97, 128, 181)  # of the maps in `grow`: 1/8 of 192 to 1448 pixels
+ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -87,7 +90,7 @@ def build(args):
         "stride": args.slide[2:] if args.slide else None,
     }
     torch.manual_seed(0)
-    model = checkpoint.build_model(config)
+    model = build_model(config)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -106,8 +109,8 @@ def smooth_image(height, width, seed=0):
 def infer(args):
     """evaluate.py's way from images of one size to their label maps."""
     model, config = build(args)
-    model, images = for_inference(model, DEVICE, args.amp, args.compile), smooth_image(*args.size)[None]
-    images = images.expand(args.batch, -1, -1, -1)
+    model = for_inference(model, DEVICE, AMP[args.amp], args.compile)
+    images = smooth_image(*args.size)[None].expand(args.batch, -1, -1, -1)
     return timed(lambda: predict(model, images, config, args.task == "aug"), args)
 
 
@@ -121,13 +124,12 @@ def train(args):
     sample = {
         "image": smooth_image(*args.size).permute(2, 0, 1),
         "label": torch.randint(0, args.classes, args.size, dtype=torch.uint8),
-        "size": torch.tensor(args.size),
+        "valid": torch.tensor(args.size),
         "colour": torch.tensor([10, 1.2, 0.8, 0.05, 1]),
     }
     batch = default_collate([sample] * args.batch)
-    return timed(
-        lambda: training_step(trained, optimizer, scaler, [to_device(batch, DEVICE)], 0.01, None, AMP[args.amp]), args
-    )
+    amp = AMP[args.amp]
+    return timed(lambda: training_step(trained, optimizer, scaler, [to_device(batch, DEVICE)], 0.01, None, amp), args)
 
 
 def data(args):
@@ -151,9 +153,8 @@ def data(args):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path, **options)
         preset = PRESETS[args.dataset]
-        samples = TrainData(
-            SegmentationData(args.dataset, root, "train", args.cache and root), preset.crop, preset.scale, 0
-        )
+        files = open_data(args.dataset, root, "train", args.cache and root)
+        samples = TrainData(files, preset.crop_size, preset.scale, 0, preset.ratios)
         position = iter(range(10**9))
         return timed(lambda: [samples[next(position), i] for i in range(4)], args)
 
@@ -171,7 +172,7 @@ def multiply_adds(model, images, *window):
     from torch.utils.flop_counter import FlopCounterMode  # here, since it takes 70 MB, which memory figures would hold
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        slide_inference(model, images, *window) if window else whole_inference(model, images)
+        slide_inference(model, images, *window) if window else model(images)
     return counter.get_total_flops() / 2
 
 
@@ -189,18 +190,18 @@ def table(args):
             continue
         seen.add((model, depth, dataset))
         preset, size, classes = PRESETS[dataset], TEST_SIZES[dataset], {"a": 150, "c": 19, "v": 21}[dataset[0]]
-        window = (preset.crop, preset.stride) if preset.stride else ()
+        window = (preset.crop_size, preset.stride) if preset.stride else ()
         with torch.device("meta"):
-            empty = checkpoint.MODELS[model](classes, int(depth), preset.align_corners).eval()
+            empty = MODELS[model](classes, int(depth), preset.align_corners).eval()
             count = multiply_adds(empty, torch.empty(1, 3, *size), *window)
         parameters = sum(parameter.numel() for parameter in empty.parameters())
         shared = ["--model", model, "--depth", depth, "--classes", classes, "--amp", args.amp]
         shared += ["--align-corners"] * preset.align_corners + ["--compile"] * args.compile
-        windows = ["--slide", *preset.crop, *preset.stride] if window else []
+        windows = ["--slide", *preset.crop_size, *preset.stride] if window else []
         inferred = measure(args, "infer", "--size", *size, *windows, *shared)
         fps, memory, training = inferred["images_per_second"], f"{inferred['peak_memory_gb']:.1f}", "-"
         if gpu:
-            trained = measure(args, "train", "--size", *preset.crop, "--batch", preset.batch, *shared)
+            trained = measure(args, "train", "--size", *preset.crop_size, "--batch", preset.batch_size, *shared)
             training = f"{trained['peak_memory_gb']:.1f}"
         cells = [f"{model} R-{depth}", dataset, f"{parameters / 1e6:.1f}", f"{count / 1e9:.0f}", f"{fps:.3g}", memory]
         print(" | ".join(["", *cells, training, str(known["fps"]), str(known["memory_gb"]), ""]).strip(), flush=True)
@@ -208,10 +209,11 @@ def table(args):
 
 def measure(args, *task):
     """The result of a task in a process of its own, whose peak memory no other has raised."""
-    command = [sys.executable, "-m", "tools.benchmark", *task, "--warmup", args.warmup, "--repeat", args.repeat, "--json"]
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    words = [str(word) for word in (*task, "--warmup", args.warmup, "--repeat", args.repeat, "--json")]
+    command = [sys.executable, "-m", "tools.benchmark", *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise InputError(f"{' '.join(str(word) for word in command[2:])}: ended with status {done.returncode}")
+        raise InputError(f"{' '.join(words)}: ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -247,12 +249,16 @@ def grow(args):
     print(args.out)
 
 
-def main():
+MEASURED = {"infer": infer, "aug": infer, "train": train, "data": data}  # tasks of one measurement
+PRINTED = {"table": table, "grow": grow}  # tasks that print their own
+
+
+def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("task", choices=("infer", "train", "aug", "data", "table", "grow"))
-    add("--model", choices=checkpoint.MODELS, default="gcnet", help="default: gcnet")
-    add("--depth", type=int, choices=(18, 34, 50, 101), default=50, help="of the ResNet (default: 50)")
+    add("task", choices=(*MEASURED, *PRINTED))
+    add("--model", choices=MODELS, default="gcnet", help="default: gcnet")
+    add("--depth", type=int, choices=tuple(ResNetD8.BLOCKS), default=50, help="of the ResNet (default: 50)")
     add("--classes", type=positive, default=150, help="default: 150")
     add("--size", type=positive, nargs=2, metavar=("H", "W"), default=[512, 512], help="of an image (default: 512 512)")
     add("--batch", type=positive, default=1, help="images per step (default: 1; data: 4)")
@@ -273,10 +279,15 @@ def main():
         raise InputError(f"--classes {args.classes}: labels have 8 bits, for at most 255 classes")
     if args.task == "train" and args.batch == 1 and max(args.size) <= 8:
         raise InputError("--batch 1 with --size 8 8 or less: BatchNorm needs more than one value per channel")
-    if args.task in ("table", "grow"):
-        return globals()[args.task](args)
+    return args
+
+
+def main():
+    args = parse_arguments()
+    if args.task in PRINTED:
+        return PRINTED[args.task](args)
     images = 4 if args.task == "data" else args.batch
-    seconds = {"infer": infer, "aug": infer, "train": train, "data": data}[args.task](args)
+    seconds = MEASURED[args.task](args)
     result = {"task": args.task, "model": args.model, "seconds": seconds, "images_per_second": images / seconds}
     result["peak_memory_gb"] = peak_memory() / 2**30
     if args.json:
@@ -286,4 +297,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

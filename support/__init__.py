@@ -1,0 +1,1 @@
+"""Imported by the scripts at the top and by tools/; nothing here is run."""

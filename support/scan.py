@@ -1,0 +1,34 @@
+"""Reads all labels of a data set once: for tools/check_data.py, and for the class weights of the loss."""
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from support.command import InputError, rank_and_world
+
+
+class Scan(Dataset):
+    """Item i is (pixels of each label value (256,), (height, width), None), or (None, None, what is wrong)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        try:
+            image, label = self.data[i]
+        except InputError as error:
+            return None, None, str(error)
+        if label is None:
+            return None, None, f"{self.data.files[i][0]}: has no label; its split has no folder of labels"
+        return np.bincount(label.flatten(), minlength=256), tuple(image.shape[:2]), None
+
+
+def scan(data, workers):
+    """Scan's items over a data set, or over this process's share of it, with a progress bar."""
+    rank, world = rank_and_world()
+    share = range(rank, len(data), world)
+    loader = DataLoader(Scan(data), sampler=share, collate_fn=lambda items: items[0], num_workers=workers)
+    return list(tqdm(loader, f"reading {data.split}", disable=rank > 0, leave=False, dynamic_ncols=True))
