@@ -30,7 +30,8 @@ def begin(out, given):
 
 
 @pytest.mark.parametrize("given", [(), ("--dataset", "ade20k"), ("--dataset", "context", "--depth", "101")], ids=str)
-def test_help_shows_the_true_defaults(given, monkeypatch, capsys):
+def test_help_shows_the_true_defaults(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where no run stands in the default folder
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
     parsed, _, _ = settings.parse("")
