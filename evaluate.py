@@ -24,6 +24,7 @@ from support.command import (
     ignore_signals,
     rank_and_world,
     run_command,
+    split_name,
     start_process,
     sum_over_processes,
     whole_number,
@@ -163,10 +164,11 @@ def metrics(matrix):
 
 def equal_sizes(samples, pixels):
     """Yields lists of successive (index, image, label) whose images have one size: as many as have `pixels` together,
-    at least one."""
+    at least one, and at most 64, since each tensor from a data-loading worker is an open file."""
     group = []
     for index, (image, label) in samples:
-        if group and (image.shape != group[0][1].shape or (len(group) + 1) * image[..., 0].numel() > pixels):
+        full = len(group) == 64 or (len(group) + 1) * image[..., 0].numel() > pixels
+        if group and (full or image.shape != group[0][1].shape):
             yield group
             group = []
         group.append((index, image, label))
@@ -229,7 +231,7 @@ def parse_arguments():
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_argument("--dataset", choices=PRESETS, help="default: the one it was trained on")
     parser.add_argument("--data-root", help="the data set's folder (default: the one it was trained on)")
-    parser.add_argument("--split", default="val", help="train, val or test (default: val)")
+    parser.add_argument("--split", type=split_name, default="val", help="train, val or test (default: val)")
     maps = parser.add_mutually_exclusive_group()
     maps.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
     maps.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")

@@ -23,7 +23,7 @@ from data import open_data, to_device, training_loader
 from evaluate import evaluate, predict, report
 from support.checkpoint import State, build_model, load, load_backbone, load_initial, restore
 from support.class_weights import class_weights
-from support.command import InputError, collect_signals, rank_and_world, run_command, start_process, sum_over_processes
+from support.command import collect_signals, rank_and_world, run_command, start_process, sum_over_processes
 from support.fast import for_inference
 from support.run import Run
 from support.settings import AMP, complete, describe_batch, parse
@@ -83,7 +83,8 @@ def main():
     signals = collect_signals()
     loader = training_loader(train_data, settings, state.iteration, rank, world, device.type == "cuda")
     with Run(out, settings, state.iteration, writes=rank == 0) as run:
-        run.say(f"{settings.model} R-{settings.depth} on {settings.dataset}: {len(train_data)} images, {out}/")
+        what = f"{settings.model} R-{settings.depth} on {settings.dataset}, {len(train_data)} images"
+        run.say(f"{what}, from iteration {state.iteration} to {settings.iters}, {out}/")
         run.say(describe_batch(settings, device))
         while True:
             if validation_is_due(state.iteration, settings.iters):  # first, for a run that was stopped before it
@@ -100,11 +101,7 @@ def main():
             loss, aux_loss = training_step(model, state.optimizer, state.scaler, batches, lr, weight, AMP[settings.amp])
             skipped = state.scaler.get_scale() < scale  # fp16: a gradient overflowed
 
-            if not math.isfinite(loss + aux_loss):
-                files = ", ".join(file for batch in loaded for file in batch["file"])
-                what = f"the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {files}"
-                raise InputError(f"iteration {state.iteration}: {what}")
-            run.step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began)
+            run.step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began, loaded)
             state.iteration += 1
             stop = sum_over_processes(torch.tensor(len(signals), device=device)) > 0
             if stop or validation_is_due(state.iteration, settings.iters) or run.save_is_due():

@@ -1,6 +1,7 @@
 """--cache: decoded images and labels, kept as arrays that are mapped into memory when they are read again."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ def cached(folder, decode, path, *arguments):
     Raises InputError if the folder cannot be written to, or holds a damaged file.
     """
     state = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {state.st_mtime_ns} {state.st_size}".encode())
+    key = hashlib.sha256(os.fsencode(path.resolve()) + f" {state.st_mtime_ns} {state.st_size}".encode())
     for argument in arguments:  # a label's table
         key.update(argument)
     kept = Path(folder, f"{key.hexdigest()}.npy")

@@ -10,6 +10,7 @@ No state of random numbers is needed: all that train.py draws follows from the s
 """
 
 import re
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,15 @@ def save(state, config, path):
 def read(path):
     """What torch.save wrote to a file, on the CPU. No code in the file is ever run. Raises InputError."""
     try:
+        if zipfile.is_zipfile(path):  # torch does not compare the checksums
+            with zipfile.ZipFile(path) as archive:
+                if part := archive.testzip():
+                    raise InputError(f"{path}: is damaged ({part} is not as it was written)")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (InputError, MemoryError):
+        raise
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged file can meet any of them
         objects = re.search(r"GLOBAL (\S+)", str(error))
         if not objects:
@@ -82,17 +91,47 @@ def load(source):
         raise InputError(f"{path}: is no checkpoint of a model; it has no config and model, nor state_dict and meta")
     if not isinstance(saved["model"], dict):
         raise InputError(f"{path}: its model is no dict of weights")
-    if not config.get("classes"):
-        raise InputError(f"{path}: does not say how many classes its model has")
-    missing = {"model", "depth", "align_corners", "dataset", "scale", "crop_size", "stride", "palette"} - config.keys()
-    if missing or config["model"] not in MODELS or config["depth"] not in ResNetD8.BLOCKS:
-        what = ", ".join(sorted(missing)) or "a model and depth of this project"
-        raise InputError(f"{path}: its config does not name {what}")
+    for name in ("data_root", "gc_backbone"):  # which earlier checkpoints lack
+        config.setdefault(name, None)
+    for name, sound in CONFIG.items():
+        if name not in config or not sound(config[name]):
+            raise InputError(f"{path}: its config has no {name} that a model here can have: {config.get(name)!r:.60}")
+    if config["stride"] and not config["crop_size"] or len(config["palette"]) != len(config["classes"]):
+        raise InputError(f"{path}: its config has a stride without a crop_size, or not a colour for each class")
     return saved
+
+
+def is_pair(value):
+    """Whether a value of a config is a size: two whole numbers from 1."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)
+
+
+def is_colour(value):
+    return isinstance(value, list | tuple) and len(value) == 3 and all(v in range(256) for v in value)
+
+
+# What the config of a checkpoint must hold, so that the model can be built and evaluated.
+CONFIG = {
+    "model": lambda value: isinstance(value, str) and value in MODELS,
+    "depth": lambda value: type(value) is int and value in ResNetD8.BLOCKS,
+    "align_corners": lambda value: isinstance(value, bool),
+    "gc_backbone": lambda value: value in (None, 4, 16),
+    "dataset": lambda value: isinstance(value, str),
+    "data_root": lambda value: value is None or isinstance(value, str),
+    "scale": lambda value: value is None or is_pair(value),
+    "crop_size": lambda value: value is None or is_pair(value),
+    "stride": lambda value: value is None or is_pair(value),
+    "classes": lambda value: isinstance(value, list) and 0 < len(value) < 255 and all(type(v) is str for v in value),
+    "palette": lambda value: isinstance(value, list) and all(map(is_colour, value)),
+}
 
 
 def load_weights(module, weights, source):
     """load_state_dict, strictly. InputError names the first weight that does not fit, or is not finite."""
+    for name, value in module.state_dict().items():
+        given = weights.get(name, value)
+        if isinstance(given, torch.Tensor) and given.is_floating_point() != value.is_floating_point():
+            raise InputError(f"{source}: {name} is {given.dtype}; the model has {value.dtype}")
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,8 +1,11 @@
 """What every command needs: the parser, a mistake as one line, the process's device and rank, Ctrl-C and SIGTERM."""
 
 import argparse
+import contextlib
+import errno
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -32,6 +35,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+
+def split_name(text):
+    """The name of a split, for argparse."""
+    path = Path(text)
+    if not path.parts or ".." in path.parts or path.is_absolute():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a split")
+    return text
 
 
 def whole_number(text):
@@ -108,6 +119,8 @@ def ignore_signals(worker):
 
 def run_command(main):
     """Calls main(). A mistake that the user can correct is one line on stderr and exit status 2, not a traceback."""
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # both may have been closed
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stdout.reconfigure(errors="replace")  # a class's name may hold letters that the terminal lacks
     try:
         main()
@@ -123,7 +136,8 @@ def fail(error):
     """Ends the process: with one line and status 2 if the user can do something, else with a traceback and 1."""
     message = explain(error)
     if message is None:
-        if not (dist.is_initialized() and "peer" in str(error)):  # else another process has failed, and says why
+        # If a connection to another process has ended, that one has failed, and says why.
+        if not (dist.is_initialized() and re.search("(closed|reset) by peer", str(error))):
             traceback.print_exception(error)
         end(1)
     # All processes meet the user's mistake. The first reports it, and torchrun ends the others while they wait here.
@@ -131,7 +145,9 @@ def fail(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
     start = "\n" if dist.is_initialized() else ""  # another process's progress bar may stand on the line
-    print(f"{start}{Path(sys.argv[0]).name}: error: {message.strip()}", file=sys.stderr, flush=True)
+    line = message.strip().replace("\n", "\\n")  # a file's name may hold one
+    with contextlib.suppress(OSError):
+        print(f"{start}{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     end(2)
 
 
@@ -139,12 +155,15 @@ def explain(error):
     """What went wrong and what to do about it, in one line; None if the error is the program's own."""
     message = str(error) or type(error).__name__
     if isinstance(error, InputError):
-        return message.rpartition("InputError: ")[2]  # from a data-loading worker it arrives behind a traceback
+        # From a data-loading worker it arrives behind a traceback.
+        return message.partition(f"\n{InputError.__module__}.InputError: ")[2] or message
     if isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
         return (
             "out of memory; to train, lower --batch-size or --crop-size, or try --amp bf16; "
             "to evaluate, leave out --aug, or make the images smaller"
         )
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more"
     if "DataLoader worker (pid" in message or isinstance(error, (EOFError, ConnectionError)):
         return f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
     if "shared memory" in message:
@@ -152,13 +171,15 @@ def explain(error):
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return f"{error.filename}: a file stands where a folder must be; move it, or name another folder"
     if isinstance(error, OSError):
-        return message.splitlines()[-1]
+        unnamed = error.errno == errno.ENOSPC and error.filename is None
+        return message.splitlines()[-1] + (" (for the output)" if unnamed else "")
     return None
 
 
 def end(status):
     """Exits at once: an orderly exit would wait for data-loading workers, which wait for work, and other processes."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(status)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 
 from support.command import InputError
 
@@ -13,7 +14,7 @@ def replace(path, write, sync=True):
 
     Raises InputError if it cannot be written; what was there before stays.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # for one writer alone
     try:
         with open(partial, "wb") as file:
             write(file)

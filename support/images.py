@@ -14,40 +14,45 @@ from support.command import InputError
 
 VOID = 255  # no class here: neither trained on nor counted
 INVALID = 254  # in a table of label values: a value that no label file of the data set may hold
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # that are read; for some others Pillow would start programs
 
 
-def open_image(path, read):
-    """read(file) of an image file that Pillow opens. Raises InputError if it cannot be read."""
+def open_image(path):
+    """Pillow's image of a file, turned as its EXIF says, and how the file codes a pixel ("L;4": grey of four bits).
+    Raises InputError if it cannot be read as one of FORMATS."""
     try:
-        with Image.open(path) as file:
-            return read(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if not path.is_file():  # a pipe would wait for ever
+            raise FileNotFoundError("no such file")
+        with Image.open(path, formats=FORMATS) as image:
+            coding = image.tile[0][3]
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            return image, coding
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can meet any of them
         raise InputError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def read_image(path):
-    """uint8 RGB (H, W, 3) of an image file in any mode, turned as its EXIF orientation says. Raises InputError."""
-
-    def upright(file):
-        ImageOps.exif_transpose(file, in_place=True)
-        file.load()
-        return file
-
-    image = open_image(path, upright)
+    """uint8 RGB (H, W, 3) of an image file of 8 bits in any mode, or of a grey PNG of 16 bits. Raises InputError."""
+    image, _ = open_image(path)
+    if image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8:  # BitsPerSample
+        raise InputError(f"{path}: has more than 8 bits per channel, in an unknown range; save it with 8 bits")
     if image.mode == "P":  # its transparency would not go into RGB
         image = image.convert("RGBA")
-    if image.mode.startswith("I"):  # 16 bits
+    if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode != "RGB":  # or convert would copy it
-        image = image.convert("RGB")
-    return torch.from_numpy(np.array(image))
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
 
 
 def read_label(path, table):
     """uint8 (H, W): the classes that `table`, uint8 (256,), gives to the values in a label file. Raises InputError."""
-    kind, mode, values = open_image(path, lambda file: (file.format, file.mode, np.asarray(file)))
-    if kind != "PNG" or mode not in ("L", "P"):
-        raise InputError(f"{path}: a label must be an 8-bit grey or palette PNG of class indices, not {kind} {mode}")
+    image, coding = open_image(path)
+    if image.format != "PNG" or image.mode != "P" and coding != "L":  # fewer bits of grey are scaled when read
+        what = f"{image.format} {coding if isinstance(coding, str) else image.mode}"
+        raise InputError(f"{path}: a label must be an 8-bit grey or palette PNG of class indices, not {what}")
+    values = np.asarray(image)
     label = np.frombuffer(bytearray(values).translate(table), np.uint8).reshape(values.shape)
     if (label == INVALID).any():
         value, allowed = values[label == INVALID][0], np.flatnonzero(table != INVALID)[[0, -2]]

@@ -11,13 +11,15 @@ images.Files. It raises InputError where files are missing or cannot be told apa
 
 import glob
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from support import classes
-from support.command import InputError
+from support.command import InputError, rank_and_world
 from support.images import INVALID, VOID, Files
+from support.pictures import is_own
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images without labels
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # label id of each of the 19 train ids
@@ -25,7 +27,7 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # label id 
 
 def find_root(root, name, marker, parents=()):
     """The folder that holds `marker`: root or root/parent. If none does, InputError tells the layout of `name`."""
-    root = Path(root or f"data/{name}").expanduser()
+    root = Path(os.path.expanduser(root or f"data/{name}"))
     for folder in (root, *(root / parent for parent in parents)):
         if (folder / marker).is_dir():
             return folder
@@ -34,31 +36,57 @@ def find_root(root, name, marker, parents=()):
     raise InputError(f"{root}: there is no {marker}/ in it; it must be the {what}")
 
 
+def files_below(folder, visited):
+    """Yields the files below a folder, sorted, without hidden ones. Links are followed, but no folder is read twice:
+    `visited` is the set of those that have been."""
+    visited.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in visited:
+            yield from files_below(path, visited)
+
+
 def files_by_name(folder, ends):
-    """{path below `folder` without its ending: path} of the files with one of the endings `ends`, sorted."""
-    found = {}
-    paths = (Path(place, file) for place, _, files in os.walk(folder, followlinks=True) for file in files)
-    for path in sorted(path for path in paths if not path.name.startswith(".")):
+    """{path below `folder` without its ending: path} of the files with one of the endings `ends`, sorted; and a list
+    of the other files. Both are empty if there is no such folder."""
+    found, others = {}, []
+    for path in files_below(folder, set()) if folder.is_dir() else ():
         name = path.relative_to(folder).as_posix()
         end = next((end for end in ends if name.lower().endswith(end.lower())), None)
-        if end and found.setdefault(name[: -len(end)], path) != path:
+        if end is None:
+            others.append(path)
+        elif found.setdefault(name[: -len(end)], path) != path:
             raise InputError(f"{path}: has the same name as {found[name[: -len(end)]].name}; which of them counts?")
-    return found
+    return found, others
+
+
+def note_unused(files, why):
+    """Says which files are not used, once for all processes."""
+    if files and rank_and_world()[0] == 0:
+        others = f" and {len(files) - 1} others" if files[1:] else ""
+        print(f"note: not used: {files[0]}{others}; {why}", file=sys.stderr)
 
 
 def match(images, image_ends, labels, label_ends):
     """(image, label) paths whose names below the two folders are equal up to their endings, in sorted order.
 
     Labels are None where their folder does not exist, as in the test splits of some data sets. Raises InputError where
-    an image has no label, or two files have one name.
+    an image has no label, or two files have one name. Says which files of the images' folder are not used, and which
+    labels.
     """
-    found, labelled = files_by_name(images, image_ends), files_by_name(labels, label_ends)
+    found, others = files_by_name(images, image_ends)
+    labelled, _ = files_by_name(labels, label_ends)
+    note_unused(others, f"images end in {', '.join(image_ends)}")
     if not labels.is_dir():
         return [(path, None) for path in found.values()]
     missing = [name for name in found if name not in labelled]
     if missing:
         others = f", nor have {len(missing) - 1} other images" if missing[1:] else ""
         raise InputError(f"{found[missing[0]]}: has no label {labels / missing[0]}{label_ends[0]}{others}")
+    note_unused([path for name, path in labelled.items() if name not in found], f"there is no such image in {images}")
     return [(path, labelled[name]) for name, path in found.items()]
 
 
@@ -144,20 +172,28 @@ def voc12aug(root, split):
 def find_images(arguments):
     """{name: path} of the images that files, folders and patterns name; below a folder the name has its subfolders.
 
-    Raises InputError where there are none, and where two images would give their results one name.
+    What these commands wrote themselves is left out, with a note. Raises InputError where there are no images, and
+    where two would give their results one name.
     """
-    found = {}
+    found, own = {}, []
     for argument in arguments:
         given = Path(argument)
         if given.is_dir():
-            paths = [p for p in sorted(given.rglob("*")) if p.suffix.lower() in ENDINGS]
-            names = [p.relative_to(given).with_suffix("") for p in paths]
+            files = list(files_below(given, set()))
+            paths = [path for path in files if path.suffix.lower() in ENDINGS]
+            names = [path.relative_to(given).with_suffix("") for path in paths]
+            note_unused([path for path in files if path not in paths], f"images end in {', '.join(ENDINGS)}")
         else:
-            paths = [given] if given.exists() else [Path(p) for p in sorted(glob.glob(argument, recursive=True))]
-            names = [p.with_suffix("").name for p in paths]
+            paths = [given] if given.exists() else [Path(path) for path in sorted(glob.glob(argument, recursive=True))]
+            names = [path.with_suffix("").name for path in paths]
         if not paths:
             raise InputError(f"{argument}: there are no images there")
         for name, path in zip(names, paths, strict=True):
-            if found.setdefault(str(name), path) != path:
+            if is_own(path):
+                own.append(path)
+            elif found.setdefault(str(name), path) != path:
                 raise InputError(f"{path}: its results would overwrite those of {found[str(name)]}; use another --out")
+    note_unused(own, "written by these commands")
+    if not found:
+        raise InputError(f"{own[0]}: was written by these commands, and there are no other images")
     return found

@@ -1,13 +1,44 @@
-"""Pictures of segmentations and of a run's course, and label maps as files."""
+"""Pictures of segmentations and of a run's course, and label maps as files.
+
+What is written here carries a mark, so that no command replaces a file of others, nor takes its own output for input.
+"""
 
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from support.command import InputError
+from support.files import replace
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
+MARK = "How does a pixel get to see the whole image?"  # in the first bytes of every picture and page
+
+
+def is_own(path):
+    """Whether a file begins as those that are written here."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return MARK.encode() in file.read(4096)
+
+
+def refuse_to_replace(paths):
+    """Raises InputError if one of the paths is a file that was not written here."""
+    for path in paths:
+        if path.exists() and not is_own(path):
+            raise InputError(
+                f"{path}: is there already, and was not written by this command; move it, or name another folder"
+            )
+
+
+def save_png(picture, path):
+    """Writes a picture of Pillow, with the mark. Raises InputError if it cannot, or if the file is not its own."""
+    refuse_to_replace([path])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MARK)
+    replace(path, lambda file: picture.save(file, "PNG", pnginfo=mark), sync=False)
 
 
 def colour(label, palette):
@@ -74,15 +105,13 @@ class LabelMaps:
 
     submission  write the values that the data set's test server expects, instead of class indices with the palette
 
-    Raises InputError if a label map would take the place of one of the data set's files.
+    Raises InputError if a label map would take the place of a file that was not written so.
     """
 
     def __init__(self, folder, data, submission=False):
         self.folder, self.data = folder, data
         self.values = data.submission if submission else None
-        own = {path.resolve() for pair in data.files for path in pair if path}
-        if any(self.path(image).resolve() in own for image, _ in data.files):
-            raise InputError(f"{folder}: holds files of the data set, which would be overwritten; name another folder")
+        refuse_to_replace(self.path(image) for image, _ in data.files)
 
     def path(self, image):
         name = image.relative_to(self.data.tree) if self.data.tree else image.name
@@ -95,6 +124,4 @@ class LabelMaps:
             picture.putpalette(np.array(self.data.palette, np.uint8).tobytes())
         else:
             picture = Image.fromarray(np.array(self.values, np.uint8)[prediction])
-        path = self.path(self.data.files[i][0])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        save_png(picture, self.path(self.data.files[i][0]))

@@ -1,19 +1,29 @@
 """The folder of a training run: what is in it, who writes it, and how it is found and read again."""
 
 import contextlib
+import errno
 import json
+import math
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from support.checkpoint import save
-from support.command import InputError
+from support.command import InputError, rank_and_world
 from support.files import replace
 from support.pictures import compare, curves
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs from one folder
+    fcntl = None
+
 SAVE_SECONDS = 300  # between two savings of last.pt
+FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "samples", "curves.png")
+LARGEST = 1e12  # of weights and of BatchNorm's statistics: beyond, the next step overflows
 
 
 class Run:
@@ -37,8 +47,10 @@ class Run:
         self.board = None
         if writes:
             (out / "samples").mkdir(parents=True, exist_ok=True)
-            for partial in out.glob("*.partial"):  # of a process that was killed while it wrote
-                partial.unlink()
+            self.lock = lock(out)
+            for name in FILES:
+                for partial in out.glob(f"{name}.*.partial"):  # of a process that was killed while it wrote
+                    partial.unlink()
             replace(out / "config.json", lambda file: file.write(json.dumps(vars(settings), indent=1).encode() + b"\n"))
             kept = [json.dumps(line) + "\n" for line in read_log(out) if line["iteration"] < start]
             replace(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
@@ -53,6 +65,8 @@ class Run:
 
     def __exit__(self, *error):
         self.bar.close()
+        if self.writes:
+            self.lock.close()
 
     def say(self, text):
         if self.writes:
@@ -61,13 +75,22 @@ class Run:
     def log(self, iteration, **values):
         if not self.writes:
             return
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"iteration": iteration} | values) + "\n")
+        path = self.out / "log.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({"iteration": iteration} | values) + "\n")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written to ({error.strerror})") from None
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, iteration)
 
-    def step(self, iteration, loss, aux_loss, lr, skipped, seconds):
-        """Shows a step, and logs it if its turn has come."""
+    def step(self, iteration, loss, aux_loss, lr, skipped, seconds, batches):
+        """Shows a step, and logs it if its turn has come. Raises InputError, which names the files of the batches, if
+        its loss is not finite."""
+        if not math.isfinite(loss + aux_loss):
+            files = ", ".join(file for batch in batches for file in batch["file"])
+            what = f"the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {files}"
+            raise InputError(f"iteration {iteration}: {what}")
         self.skipped += skipped
         speed = self.settings.effective_batch / seconds
         if iteration % max(self.settings.iters // 1000, 1) == 0:
@@ -81,7 +104,7 @@ class Run:
     def show(self, iteration, rows):
         """Writes the picture of a validation, whose rows are (image, label, prediction), and the curves so far."""
         picture = compare(rows, self.settings.classes, self.settings.palette)
-        picture.save(self.picture_path(iteration))
+        replace(self.picture_path(iteration), lambda file: picture.save(file, "PNG"), sync=False)
         curves(read_log(self.out), self.out / "curves.png")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), iteration, dataformats="HWC")
@@ -93,11 +116,35 @@ class Run:
         return time.monotonic() - self.last_save > SAVE_SECONDS
 
     def save(self, name, state):
-        """Writes last.pt or best.pt."""
+        """Writes last.pt or best.pt. Raises InputError, and leaves the file as it is, if the training has diverged."""
+        weights = state.model.state_dict().values()
+        largest = torch.stack([value.abs().max().double() for value in weights]).max().item()
+        if not largest < LARGEST:
+            kept = f"; {self.out / 'last.pt'} is as before" if (self.out / "last.pt").exists() else ""
+            what = f"the training has diverged, to weights of {largest:.2g}, which are not saved{kept}"
+            raise InputError(f"iteration {state.iteration}: {what}; start anew with a lower --lr")
         if self.writes:
             save(state, vars(self.settings), self.out / name)
         if name == "last.pt":
             self.last_save = time.monotonic()
+
+
+def lock(out):
+    """The open file by which this process alone may write to a run's folder, for as long as it lives. Raises InputError
+    if another one does."""
+    file = open(out / ".lock", "a")  # noqa: SIM115
+    try:
+        fcntl and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(f"{out}: another process is training there; wait for it, or name another --out") from None
+        # Else the file system has no locks.
+    return file
+
+
+def held(out):
+    """The first of a run's files that a folder holds, None if there is none."""
+    return next((out / name for name in FILES if (out / name).exists()), None)
 
 
 def read_log(folder):
@@ -123,8 +170,12 @@ def read_config(folder):
 
 
 def newest_checkpoint():
-    """The best.pt below runs/ that was written last. Raises InputError if there is none."""
-    found = sorted(Path("runs").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
+    """The best.pt in a folder of runs/, or in a folder of that, that was written last; says which. Raises InputError
+    if there is none."""
+    found = [path for pattern in ("*/best.pt", "*/*/best.pt") for path in Path("runs").glob(pattern)]
     if not found:
         raise InputError("runs/: holds no run yet; name a checkpoint, or train one with: python train.py")
-    return found[-1]
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    if rank_and_world()[0] == 0:
+        print(f"checkpoint: {newest}")
+    return newest

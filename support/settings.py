@@ -64,7 +64,7 @@ def rate(text):
 
 def absolute(text):
     """An absolute path, for argparse."""
-    return str(Path(text).expanduser().resolve())
+    return str(Path(os.path.expanduser(text)).resolve())
 
 
 def setting(help=None, default=MISSING, free=False, **parsing):
@@ -149,8 +149,11 @@ def parse(description):
     if resume:
         saved = read_settings(out)
         refuse_changes(given, saved, out)
-    elif (out / "last.pt").exists():
-        raise InputError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
+        if (out / "best.pt").exists() and not (out / "last.pt").exists():
+            raise InputError(f"{out}: holds no last.pt to continue from; --init {out}/best.pt starts a new run")
+    elif held := run.held(out):
+        what = f"already holds a run ({held.name})"
+        raise InputError(f"{out}: {what}; continue it with --resume, or name another folder with --out")
     else:
         saved = defaults(given)
     settings = Settings(**saved | given)

@@ -185,7 +185,7 @@ def test_the_page_in_a_browser(page, tmp_path):
         (["gcnet.pt", "none.png"], ["none.png"]),
         (["none.pt", "image.png"], ["none.pt"]),
         (["gcnet.pt", "--statistics", "image.png"], ["image.png", "--statistics"]),
-        (["gcnet.pt", "image.png", "--out", "."], ["--out", "overwrite the image", "image.png"]),
+        (["gcnet.pt", "image.png", "--out", "."], ["image.png: is there already, and was not written by this command"]),
         (["run"], ["run: is a run", "best.pt"]),
     ],
     ids=lambda value: " ".join(value),

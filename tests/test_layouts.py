@@ -1,5 +1,7 @@
 """Small trees in each data set's own layout, right and wrong; the tools that prepare and check them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -131,14 +133,23 @@ def test_voc_aug(voc, tmp_path, run_inside):
         content = {"GTcls": {"Segmentation": np.full((4, 6), value, np.uint8), "Boundaries": 0}}
         savemat(tmp_path / f"sbd/dataset/cls/{name}.mat", content)
         image(voc / f"JPEGImages/{name}.jpg")
-    assert "2 images" in run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc)
+    listed = voc / "ImageSets/Segmentation/aug.txt"
+    before = listed.read_text()
+    assert f"{listed}: is there already" in run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc, fails=True)
+    assert listed.read_text() == before and not (voc / "SegmentationClassAug/2010_5.png").exists()
+    listed.unlink()
+    assert "2009_4.png: is there already" in run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc, fails=True)
+    shutil.rmtree(voc / "SegmentationClassAug")
+    for _ in range(2):
+        assert "2 images" in run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc)
     (tmp_path / "none/cls").mkdir(parents=True)
     message = run_inside(voc_aug, tmp_path / "none", "--data-root", voc, fails=True)
     assert "holds none of SBD's .mat files" in message
-    assert (voc / "ImageSets/Segmentation/aug.txt").read_text().split() == ["2009_4", "2010_5"]
+    assert listed.read_text().split() == ["2009_4", "2010_5"]
     data = open_data("voc12aug", voc, "train")
     assert [data[i][1].unique().tolist() for i in (2, 3)] == [[3], [4]]
     (tmp_path / "sbd/dataset/cls/2010_6.mat").write_bytes(b"no mat")
+    listed.unlink()
     message = run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc, fails=True)
     assert "2010_6.mat: is not one of SBD's label files" in message
 

@@ -93,6 +93,6 @@ def test_no_file_of_the_data_set_is_overwritten(model, run_inside, tmp_path):
     before = [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))]
     for folder in ("own/annotations/val", "own/images/val"):
         message = run_inside(evaluate, model, "--data-root", "own", "--save", folder, fails=True)
-        assert "would be overwritten" in message
+        assert "is there already, and was not written by this command" in message
     assert [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))] == before
     assert "not allowed with" in run_inside(evaluate, model, "--save", "a", "--submit", "b", fails=True)

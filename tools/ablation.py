@@ -7,6 +7,7 @@ mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds 
 images/s are what the training took in.
 """
 
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def train(out, model, seed, iters):
     process = subprocess.Popen([str(word) for word in command])
     try:
         process.wait()
-    except KeyboardInterrupt:  # it has received the same, and saves
+    except KeyboardInterrupt:
+        process.terminate()  # as Ctrl-C, which it has received too, this has it save
         process.wait()
         raise
     if process.returncode or result(out, iters) is None:
@@ -69,6 +71,7 @@ def main():
     add("--iters", type=positive, default=PRESETS["context"].iters, help="steps of a run (default: %(default)s)")
     add("--out", default="runs/ablation", help="where the runs' folders are (default: runs/ablation)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: raises KeyboardInterrupt
     runs = {model: [Path(args.out, f"{model}-{seed}") for seed in range(args.seeds)] for model in args.model}
     for seed in range(args.seeds):
         for model in args.model:

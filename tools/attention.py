@@ -34,10 +34,10 @@ from evaluate import data_of, predict
 from nonlocal_net import NonLocalBlock
 from support import zoo
 from support.checkpoint import load_model
-from support.command import InputError, Parser, run_command, start_process, whole_number
+from support.command import InputError, Parser, run_command, split_name, start_process, whole_number
 from support.images import read_image
 from support.layouts import find_images
-from support.pictures import INK, PAPER
+from support.pictures import INK, MARK, PAPER, refuse_to_replace, save_png
 from support.run import newest_checkpoint
 from support.settings import PRESETS
 
@@ -243,7 +243,7 @@ def parse_arguments():
     add("--statistics", action="store_true", help="instead print mean cosine distances over a data set")
     add("--dataset", choices=PRESETS, help="default: the one that the first checkpoint was trained on")
     add("--data-root", help="the data set's folder (default: the one that it was trained on)")
-    add("--split", default="val", help="train, val or test (default: val)")
+    add("--split", type=split_name, default="val", help="train, val or test (default: val)")
     add("--out", default="attention", help="the folder to write to (default: attention)")
     args = parser.parse_intermixed_args()
     published = zoo.published()
@@ -302,10 +302,11 @@ def print_statistics(models, args):
 
 
 def write_pictures(models, args):
-    images, out, shown = images_of(args, models[0][2]), Path(args.out), []
+    images = images_of(args, models[0][2])
+    out = Path(args.out)
+    refuse_to_replace([out / f"{name}.png" for name, _, _ in images] + [out / "attention.html"] * args.html)
+    shown = []
     for name, path, read in tqdm(images, leave=False, dynamic_ncols=True):
-        if (out / f"{name}.png").resolve() == Path(path).resolve():
-            raise InputError(f"--out {out}: would overwrite the image {path}")
         image = read()
         points = query_points(args, path, image)
         blocks = [  # a model that is evaluated in windows sees the whole image here
@@ -313,14 +314,13 @@ def write_pictures(models, args):
             for source, model, config in models
             for seen in observe(model, image, config | {"stride": None})
         ]
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(image, points, blocks).save(out / f"{name}.png")
+        save_png(picture(image, points, blocks), out / f"{name}.png")
         if args.html:
             shown.append(explorable(str(path), image, blocks))
     if args.html:
         values = json.dumps({"ramp": RAMP, "side": SIDE, "images": shown}).replace("<", "\\u003c")
         page = Path(__file__).with_suffix(".html").read_text()
-        (out / "attention.html").write_text(page.replace("DATA_HERE", values))
+        (out / "attention.html").write_text(page.replace("MARK_HERE", MARK).replace("DATA_HERE", values))
     print(f"{out}/: pictures of {len(images)} images" + args.html * ", attention.html (open it in a browser)")
 
 

@@ -9,9 +9,9 @@ from collections import Counter
 import numpy as np
 
 from data import open_data
-from support.class_weights import scan
-from support.command import InputError, Parser, run_command, whole_number
+from support.command import InputError, Parser, run_command, split_name, whole_number
 from support.images import VOID
+from support.scan import scan
 from support.settings import PRESETS
 
 
@@ -45,7 +45,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--dataset", choices=PRESETS, default="folder", help="default: folder")
     parser.add_argument("--data-root", help="the data set's folder (default: its name below data/)")
-    parser.add_argument("--split", help="default: train and val")
+    parser.add_argument("--split", type=split_name, help="default: train and val")
     parser.add_argument("--workers", type=whole_number, default=2, help="processes that read (default: 2)")
     args = parser.parse_args()
     splits = ("train", "val") if args.split is None else (args.split,)

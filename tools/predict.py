@@ -18,18 +18,21 @@ from support.command import Parser, run_command, start_process
 from support.fast import for_inference
 from support.images import read_image
 from support.layouts import find_images
-from support.pictures import colour, with_legend
+from support.pictures import colour, refuse_to_replace, save_png, with_legend
 from support.run import newest_checkpoint
 
 
 def save(image, labels, config, out):
     """Writes the three pictures of an image uint8 (H, W, 3) and labels uint8 (H, W); their paths begin with `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     coloured = colour(labels, config["palette"])
     overlay = Image.blend(Image.fromarray(image.numpy()), coloured, 0.5)
-    with_legend(overlay, np.unique(labels), config["classes"], config["palette"]).save(f"{out}_overlay.png")
-    coloured.save(f"{out}_colour.png")
-    Image.fromarray(labels.numpy()).save(f"{out}_labels.png")
+    overlay = with_legend(overlay, np.unique(labels), config["classes"], config["palette"])
+    for path, picture in zip(paths(out), (overlay, coloured, Image.fromarray(labels.numpy())), strict=True):
+        save_png(picture, path)
+
+
+def paths(out):
+    return [Path(f"{out}_{kind}.png") for kind in ("overlay", "colour", "labels")]
 
 
 def main():
@@ -41,6 +44,7 @@ def main():
     args = parser.parse_args()
 
     images = find_images(args.images)
+    refuse_to_replace(path for name in images for path in paths(Path(args.out, name)))
     device = start_process()
     model, config = load_model(args.checkpoint or newest_checkpoint())
     model = for_inference(model, device)

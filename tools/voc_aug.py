@@ -12,6 +12,7 @@ from tqdm import tqdm
 from support.classes import bit_colours
 from support.command import InputError, Parser, run_command
 from support.layouts import find_root, read_lines
+from support.pictures import save_png
 
 
 def convert(loadmat, path, out):
@@ -21,7 +22,7 @@ def convert(loadmat, path, out):
     except Exception as error:  # whatever loadmat meets in a damaged file
         raise InputError(f"{path}: is not one of SBD's label files ({error})") from None
     label.putpalette(np.array(bit_colours(256), np.uint8).tobytes())
-    label.save(out)
+    save_png(label, out)
 
 
 def main():
@@ -40,11 +41,14 @@ def main():
     lists = voc / "ImageSets" / "Segmentation"
     known = {*read_lines(lists / "train.txt"), *read_lines(lists / "val.txt")} - {""}
     names = sorted({path.stem for path in (sbd / "cls").glob("*.mat")} - known)
+    listed = lists / "aug.txt"
+    if listed.exists() and read_lines(listed) != names:
+        raise InputError(f"{listed}: is there already, with other names; move it away to make it anew")
     (voc / "SegmentationClassAug").mkdir(exist_ok=True)
     for name in tqdm(names, "SBD", dynamic_ncols=True):
         convert(loadmat, sbd / "cls" / f"{name}.mat", voc / "SegmentationClassAug" / f"{name}.png")
-    (lists / "aug.txt").write_text("".join(f"{name}\n" for name in names))
-    print(f"{lists / 'aug.txt'}: {len(names)} images beside VOC's own {len(known)} (SBD adds 9,118 in all)")
+    listed.write_text("".join(f"{name}\n" for name in names))
+    print(f"{listed}: {len(names)} images beside VOC's own {len(known)} (SBD adds 9,118 in all)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,354 @@
+"""Input that was once taken for something else, or that made a command hang: now it is read rightly, or refused."""
+
+import os
+import random
+import resource
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, save_model, start, write_scene
+from PIL import Image
+
+from data import open_data
+from evaluate import equal_sizes
+from support.checkpoint import load_model
+from support.command import InputError, explain
+from support.images import VOID, read_image, read_label
+from support.layouts import find_images, identity
+from support.run import newest_checkpoint
+from tools import check_data
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def png(path, bits, rows, extra=b""):
+    """A grey PNG of less than 8 bits, which Pillow does not write: rows of bytes as they are packed."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 8 // bits * len(rows[0]), len(rows), bits, 0, 0, 0, 0)
+    packed = zlib.compress(b"".join(b"\0" + row for row in rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_labels_of_few_bits_of_grey_are_refused(bits, tmp_path):
+    png(tmp_path / "a.png", bits, [b"\x01\x23"] * 2)
+    with pytest.raises(InputError, match=r"a.png: a label must be an 8-bit grey or palette PNG"):
+        read_label(tmp_path / "a.png", identity(200))
+
+
+def test_palette_labels_of_few_bits_are_indices(tmp_path):
+    values = np.array([[0, 1, 2, 3]], np.uint8)
+    picture = Image.fromarray(values)
+    picture.putpalette([9, 9, 9] * 4)
+    picture.save(tmp_path / "a.png", bits=2)
+    assert (tmp_path / "a.png").read_bytes()[24] == 2
+    assert read_label(tmp_path / "a.png", identity(4)).tolist() == values.tolist()
+
+
+def test_a_label_is_turned_as_its_own_exif_says(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1, 2], [3, 4, 5]], np.uint8))
+    turned = picture.getexif()
+    turned[0x112] = 3  # by half a turn
+    picture.save(tmp_path / "a.png", exif=turned)
+    assert read_label(tmp_path / "a.png", identity(6)).tolist() == [[5, 4, 3], [2, 1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+def test_values_of_unknown_range_are_refused(kind, tmp_path):
+    Image.fromarray(np.arange(12).reshape(3, 4).astype(kind)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif: has more than 8 bits per channel"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_a_tiff_of_8_bits_is_read(tmp_path):
+    exact = np.random.default_rng(0).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    Image.fromarray(exact).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif").numpy().tolist() == exact.tolist()
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "DDS", "GIF", "PPM", "JPEG2000", "AVIF", "BLP"])
+def test_other_formats_are_not_opened(kind, tmp_path):
+    picture = Image.new("P" if kind == "BLP" else "RGB", (8, 8))
+    try:
+        picture.save(tmp_path / "a.jpg", kind)
+    except (KeyError, OSError, ValueError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    with pytest.raises(InputError, match="a.jpg: cannot be read as an image"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for read in (read_image, lambda path: read_label(path, identity(3))):
+        with pytest.raises(InputError, match="a.png: cannot be read as an image"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow's, on the damage
+def test_damaged_images_are_an_array_or_refused(tmp_path):
+    """Truncated at, and with flipped bytes at, places drawn from a seed."""
+    exif = Image.Exif()
+    exif[0x112], exif[0x10E] = 6, "a description"
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 15, 3)).astype(np.uint8))
+    originals = []
+    for kind in ("PNG", "JPEG", "TIFF", "WEBP", "BMP"):
+        rgb.save(tmp_path / "a", kind, **({} if kind == "BMP" else {"exif": exif}))
+        originals.append((tmp_path / "a").read_bytes())
+    label = Image.fromarray(np.asarray(rgb)[..., 0] % 3)
+    label.save(tmp_path / "a", "PNG", exif=exif)
+    originals.append((tmp_path / "a").read_bytes())
+    rng = random.Random(0)
+    outcomes = {"read": 0, "refused": 0}
+    for original in originals:
+        for _ in range(150):
+            spoilt = bytearray(original)
+            for _ in range(rng.choice((0, 1, 1, 2, 8))):
+                spoilt[rng.randrange(len(spoilt))] ^= rng.randrange(1, 256)
+            del spoilt[rng.choice((len(spoilt), rng.randrange(len(spoilt)))) :]
+            (tmp_path / "a").write_bytes(spoilt)
+            for read in (read_image, lambda path: read_label(path, identity(3))):
+                try:
+                    array = read(tmp_path / "a")
+                    assert array.dtype == torch.uint8 and array.ndim in (2, 3)
+                    outcomes["read"] += 1
+                except InputError as error:
+                    assert str(error).startswith(f"{tmp_path}/a: ")
+                    outcomes["refused"] += 1
+    assert min(outcomes.values()) > 100, outcomes
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def test_files_that_are_not_used_are_named(folder, capsys):
+    for name in ("images/train/x.webp", "images/train/y.txt", "images/train/.hidden.png", "annotations/val/z.png"):
+        (folder / name).touch()
+    assert len(open_data("folder", folder, "train")) == 6
+    notes = capsys.readouterr().err
+    assert notes.count("note: not used: ") == 1 and "x.webp and 1 others; images end in .jpg, .jpeg, .png" in notes
+    assert len(open_data("folder", folder, "val")) == 3
+    assert f"z.png; there is no such image in {folder}/images/val" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
+    def deny(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", deny)
+    with pytest.raises(PermissionError) as raised:
+        open_data("folder", folder, "train")
+    assert "images/train" in explain(raised.value)
+
+
+def test_links_in_circles_end(folder, tmp_path):
+    for name in ("a", "b", "street/c"):
+        (folder / "images/train" / name).symlink_to(folder / "images/train")
+    assert len(open_data("folder", folder, "train")) == 6
+    assert len(find_images([str(folder / "images/train")])) == 6
+    (tmp_path / "elsewhere").mkdir()
+    write_scene(tmp_path / "elsewhere", tmp_path / "elsewhere_labels", "far", 0)
+    (folder / "images/train/linked").symlink_to(tmp_path / "elsewhere")  # a link that adds files still does
+    (folder / "annotations/train/linked").symlink_to(tmp_path / "elsewhere_labels")
+    assert len(open_data("folder", folder, "train")) == 7
+
+
+def test_resource_forks_of_macos_are_left_out(tmp_path):
+    for name in ("a.jpg", "._a.jpg", ".b/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(find_images([str(tmp_path)])) == ["a"]
+
+
+@pytest.mark.parametrize("split", ["", ".", "..", "../val", "/"])
+def test_a_split_is_the_name_of_a_folder(split, folder, run_inside):
+    message = run_inside(check_data, "--data-root", folder, "--split", split, fails=True)
+    assert message.endswith(f"{split!r} is no name of a split")
+
+
+@pytest.mark.parametrize("root", ["~nosuchuser/data", "nothing"])
+def test_a_root_that_is_not_there(root):
+    with pytest.raises(InputError, match=f"^{root}: there is no images/ in it"):
+        open_data("folder", root, "train")
+
+
+def test_a_name_that_is_not_text(folder, tmp_path):
+    """In UTF-8; with --cache, too."""
+    name = os.fsdecode(b"caf\xe9.png")
+    for kind in ("images", "annotations"):
+        place = folder / kind / "train"
+        (place / "scene1.png").rename(place / name)
+    data = open_data("folder", folder, "train", tmp_path / "cache")
+    for _ in range(2):
+        assert [len(data[i]) for i in range(6)] == [2] * 6
+
+
+def test_the_cache_knows_the_classes(folder, tmp_path):
+    data = open_data("folder", folder, "train", tmp_path / "cache")
+    assert set(data[0][1].unique().tolist()) <= {0, 1, 2, VOID}
+    (folder / "classes.txt").write_text("road\nhouse\n")
+    data = open_data("folder", folder, "train", tmp_path / "cache")
+    with pytest.raises(InputError, match="holds the value 2; labels are 0 to 1"):
+        [data[i] for i in range(6)]
+
+
+def test_few_files_are_open_at_a_time():
+    samples = [(i, (torch.zeros(2, 2, 3), torch.zeros(2, 2))) for i in range(1000)]
+    assert max(len(group) for group in equal_sizes(samples, 2**18)) == 64
+    assert max(len(group) for group in equal_sizes(samples, 12)) == 3
+
+
+@pytest.mark.slow
+def test_many_small_images_with_few_open_files(tmp_path):
+    root = tmp_path / "own"
+    for i in range(600):
+        write_scene(root / "images/val", root / "annotations/val", f"{i:03}", i, size=(8, 8))
+    (root / "classes.txt").write_text("road\nhouse\ntree\n")
+    save_model(tmp_path / "model.pt", "gcnet")
+
+    def few():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+
+    process = start(["evaluate.py", "model.pt", "--data-root", root, "--workers", 1], tmp_path, preexec_fn=few)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "mIoU" in out, err
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+MISSING = object()
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = save_model(tmp_path / "model.pt", "gcnet")
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda part: part.file_size)
+    spoilt = bytearray(path.read_bytes())
+    spoilt[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(spoilt)
+    with pytest.raises(InputError, match=f"^{path}: is damaged"):
+        load_model(path)
+
+
+def edited(path, change):
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+    return path
+
+
+def test_integer_weights_are_refused(tmp_path):
+    def change(saved):
+        saved["model"]["decode_head.conv_seg.bias"] = torch.zeros(3, dtype=torch.int64)
+
+    path = edited(save_model(tmp_path / "model.pt", "gcnet"), change)
+    with pytest.raises(InputError, match="decode_head.conv_seg.bias is torch.int64; the model has torch.float32"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model", ["gcnet"]),
+        ("model", "unet"),
+        ("depth", True),
+        ("depth", [18]),
+        ("align_corners", "no"),
+        ("dataset", 3),
+        ("scale", 512),
+        ("scale", [512]),
+        ("crop_size", [0, 32]),
+        ("crop_size", ["a", "b"]),
+        ("stride", [1.5, 2]),
+        ("stride", {"a": 1}),
+        ("classes", "abc"),
+        ("classes", [1, 2, 3]),
+        ("classes", []),
+        ("palette", [[0, 0]] * 3),
+        ("palette", [[0, 0, 256]] * 3),
+        ("palette", [[0, 0, 0]]),
+        ("data_root", 5),
+        ("gc_backbone", "many"),
+        ("scale", MISSING),
+    ],
+    ids=str,
+)
+def test_a_config_that_no_run_has(name, value, tmp_path):
+    def change(saved):
+        saved["config"][name] = value
+        if value is MISSING:
+            del saved["config"][name]
+
+    path = edited(save_model(tmp_path / "model.pt", "gcnet"), change)
+    with pytest.raises(InputError, match=f"^{path}: its config "):
+        load_model(path)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def deny(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    path = save_model(tmp_path / "model.pt", "gcnet")
+    monkeypatch.setattr(torch, "load", deny)
+    with pytest.raises(InputError, match=rf"^{path}: cannot be read \(Permission denied\)"):
+        load_model(path)
+
+
+def test_the_newest_run_is_named_and_may_be_a_link(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place, seconds in (("runs/a", 100), ("runs/b/c", 200), ("elsewhere", 300)):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "best.pt").touch()
+        os.utime(tmp_path / place / "best.pt", (seconds, seconds))
+    assert str(newest_checkpoint()) == "runs/b/c/best.pt"
+    assert capsys.readouterr().out == "checkpoint: runs/b/c/best.pt\n"
+    (tmp_path / "runs/d").symlink_to(tmp_path / "elsewhere")
+    assert str(newest_checkpoint()) == "runs/d/best.pt"
+
+
+# --------------------------------------------------------------------------------------------------------- messages
+
+
+def test_a_message_from_a_worker_is_whole():
+    path = "a\nInputError: b/support.command.InputError: c.png"
+    caught = "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    caught += f'  File "x.py", line 3\n    raise InputError\nsupport.command.InputError: {path}: is no file\n'
+    assert explain(InputError(caught)).strip() == f"{path}: is no file"
+    assert explain(InputError(f"{path}: is no file")) == f"{path}: is no file"
+
+
+def test_a_name_with_a_line_break_is_one_line(folder, run_script, tmp_path):
+    (folder / "images/train/street/a\nInputError: b.png").write_text("no image")
+    (folder / "annotations/train/street/a\nInputError: b.png").write_text("no image")
+    done = run_script("train.py", "--dataset", "folder", "--data-root", folder, "--class-weights", "balanced", status=2)
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "street/a\\nInputError: b.png: cannot be read as an image" in line
+
+
+def test_an_output_that_nobody_reads(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from support.command import run_command; run_command(lambda: [print('a line') for _ in range(10**5)])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert done.returncode == 2 and done.stderr == "-c: error: nobody reads the output any more\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(closed, tmp_path):
+    save_model(tmp_path / "model.pt", "gcnet")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} -m tools.predict photo.png --checkpoint model.pt {closed}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(list((tmp_path / "predictions").glob("*.png"))) == 3
