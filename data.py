@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from support.command import InputError, ignore_signals
+from support.command import InputError
 from support.images import VOID
+from support.processes import check_same, loading
 from support.resize import resize
 from support.settings import PRESETS
 
@@ -31,6 +32,7 @@ def open_data(name, root, split, cache=None):
     data.name, data.split, data.cache = name, split, cache
     if not data.files:
         raise InputError(f"{root or name}: there are no images in the split {split!r}")
+    check_same(f"the images of the split {split!r}", [path.name for path, _ in data.files])
     return data
 
 
@@ -147,8 +149,7 @@ def training_loader(data, settings, iteration, rank, world, pin_memory):
     samples = TrainData(data, settings.crop_size, settings.scale, settings.seed, PRESETS[settings.dataset].ratios)
     start, stop = iteration * settings.accumulate, settings.iters * settings.accumulate
     keys = batch_keys(len(data), settings.batch_size, settings.seed, start, stop, rank, world)
-    loading = {"num_workers": settings.workers, "worker_init_fn": ignore_signals, "pin_memory": pin_memory}
-    return iter(DataLoader(samples, batch_sampler=keys, **loading))
+    return iter(DataLoader(samples, batch_sampler=keys, pin_memory=pin_memory, **loading(settings.workers)))
 
 
 def batch_keys(length, batch_size, seed, start, stop, rank=0, world=1):

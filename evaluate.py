@@ -18,20 +18,11 @@ from tqdm import tqdm
 
 from data import keep_ratio, normalise, open_data
 from support.checkpoint import load_model
-from support.command import (
-    InputError,
-    Parser,
-    ignore_signals,
-    rank_and_world,
-    run_command,
-    split_name,
-    start_process,
-    sum_over_processes,
-    whole_number,
-)
+from support.command import InputError, Parser, run_command, split_name, whole_number
 from support.fast import for_inference, resized, resized_rows
 from support.images import VOID
 from support.pictures import LabelMaps
+from support.processes import loading, patient, rank_and_world, start_process, sum_over_processes
 from support.resize import resize
 from support.run import newest_checkpoint
 from support.settings import AMP, PRESETS
@@ -130,8 +121,16 @@ def predict(model, images, config, aug=False):
     """The class of each pixel, uint8 (N, H, W) on the CPU; the arguments are those of `scores_by_rows`."""
     labels = torch.empty(images.shape[:3], dtype=torch.uint8)
     for rows, scores in scores_by_rows(model, images, config, aug):
-        labels[:, rows] = scores.max(1).indices.byte()
+        labels[:, rows] = classes_of(scores)
     return labels
+
+
+def classes_of(scores):
+    """uint8 (N, h, W): the class of the largest of scores (N, K, h, W). Raises InputError if one is not a number."""
+    largest = scores.max(1)
+    if largest.values.isnan().any():
+        raise InputError("the model's scores are not numbers: its training has diverged, or its checkpoint is damaged")
+    return largest.indices.byte()
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -176,26 +175,32 @@ def equal_sizes(samples, pixels):
         yield group
 
 
-def evaluate(model, data, config, aug=False, workers=0, save=None, with_loss=False):
+def evaluation_loader(data, workers):
+    """A loader of this process's share of a data set, whose workers start now."""
+    rank, world = rank_and_world()
+    loader = DataLoader(Subset(data, range(rank, len(data), world)), batch_size=None, **loading(workers))
+    iter(loader)
+    return loader
+
+
+def evaluate(model, data, loader, config, aug=False, save=None, with_loss=False):
     """metrics() of a model in eval mode over a data set; with_loss adds the `loss`: segmentation_loss without weights.
 
-    If several processes call it, each evaluates its share of the images, and the result is that of all. save(index,
+    If several processes call it, each evaluates the share in its evaluation_loader; the result is that of all. save(i,
     prediction) is called with each label map; with it a split may be without labels, and the metrics are NaN. Raises
     InputError for what cannot be read, and without save if there are no labels.
     """
-    rank, world = rank_and_world()
-    indices = range(rank, len(data), world)
     if not (save or data.labelled):
         raise InputError(f"{data.name}: split {data.split!r} has no labels; --save DIR writes predictions")
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64)
     loss = torch.zeros(2, dtype=torch.float64)  # summed over pixels, and their number
-    loader = DataLoader(Subset(data, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
-    with tqdm(loader, "evaluating", disable=rank > 0, leave=False, dynamic_ncols=True) as bar:
-        for group in equal_sizes(zip(indices, bar, strict=True), 0 if aug else BATCH_PIXELS):
+    shown = {"disable": rank_and_world()[0] > 0, "leave": False, "dynamic_ncols": True}
+    with tqdm(patient(loader), "evaluating", len(loader), **shown) as bar:
+        for group in equal_sizes(zip(loader.dataset.indices, bar, strict=True), 0 if aug else BATCH_PIXELS):
             places, images, labels = zip(*group, strict=True)
             predictions = torch.empty(len(group), *images[0].shape[:2], dtype=torch.uint8)
             for rows, scores in scores_by_rows(model, torch.stack(images), config, aug):
-                predictions[:, rows] = scores.max(1).indices.byte()
+                predictions[:, rows] = classes_of(scores)
                 if with_loss:
                     target = torch.stack(labels)[:, rows].to(scores.device).long()
                     part = F.cross_entropy(scores, target, ignore_index=VOID, reduction="sum")
@@ -276,7 +281,8 @@ def main():
     folder = args.save or args.submit
     maps = LabelMaps(Path(folder), data, bool(args.submit)) if folder else None
     model = for_inference(model, device, AMP[args.amp], args.compile)
-    result = evaluate(model, data, config, args.aug, args.workers, maps and maps.save)
+    loader = evaluation_loader(data, args.workers)
+    result = evaluate(model, data, loader, config, args.aug, maps and maps.save)
     if rank_and_world()[0] == 0:
         if not math.isnan(result["aAcc"]):
             print(report(result, data.classes))

@@ -9,7 +9,6 @@ A run lives in one folder: config.json, last.pt, best.pt, log.jsonl, samples/*.p
 """
 
 import copy
-import math
 import signal
 import sys
 import time
@@ -20,13 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import open_data, to_device, training_loader
-from evaluate import evaluate, predict, report
-from support.checkpoint import State, build_model, load, load_backbone, load_initial, restore
+from evaluate import evaluate, evaluation_loader, predict, report
+from support.checkpoint import State, build_model, load_initial, restore
 from support.class_weights import class_weights
-from support.command import collect_signals, rank_and_world, run_command, start_process, sum_over_processes
+from support.command import collect_signals, run_command
 from support.fast import for_inference
+from support.processes import be_deterministic, patient, rank_and_world, start_process, sum_over_processes
 from support.run import Run
-from support.settings import AMP, complete, describe_batch, parse
+from support.settings import AMP, agree, complete, describe_batch, describe_run, parse
 
 
 def poly_lr(iteration, iters, lr=0.01, min_lr=1e-4, power=0.9):
@@ -52,7 +52,8 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None):
         group["lr"] = lr
     optimizer.zero_grad()
     losses = 0
-    for images, labels in batches:
+    for batch, (images, labels) in enumerate(batches, 1):
+        model.require_backward_grad_sync = batch == len(batches)  # DDP's no_sync: one exchange of gradients per step
         with torch.autocast(images.device.type, amp, enabled=amp is not None):
             logits, aux_logits = model(images)
         loss = segmentation_loss(logits, labels, weight) / len(batches)
@@ -70,25 +71,26 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None):
 
 
 def main():
-    settings, out, resume = parse(__doc__)
-    device = start_process(settings.deterministic)
+    given, out, resume = parse(__doc__)
+    device = start_process()
     rank, world = rank_and_world()
+    settings, saved, leader = agree(given, out, resume)
     train_data = open_data(settings.dataset, settings.data_root, "train", settings.cache)
     val_data = open_data(settings.dataset, settings.data_root, "val", settings.cache)
     complete(settings, out, train_data, val_data)
     weight = class_weights(settings.class_weights, train_data, device, settings.workers)
-    state = initial_state(settings, device, out / "last.pt" if resume else None)
+    state = initial_state(settings, device, out, saved, leader)
     model = nn.parallel.DistributedDataParallel(state.model) if world > 1 else state.model
     model = torch.compile(model) if settings.compile else model
     signals = collect_signals()
-    loader = training_loader(train_data, settings, state.iteration, rank, world, device.type == "cuda")
-    with Run(out, settings, state.iteration, writes=rank == 0) as run:
-        what = f"{settings.model} R-{settings.depth} on {settings.dataset}, {len(train_data)} images"
-        run.say(f"{what}, from iteration {state.iteration} to {settings.iters}, {out}/")
+    loader = patient(training_loader(train_data, settings, state.iteration, rank, world, device.type == "cuda"))
+    val_loader = evaluation_loader(val_data, settings.workers)
+    with Run(out, settings, state.iteration, leader) as run:
+        run.say(describe_run(settings, len(train_data), state.iteration, out))
         run.say(describe_batch(settings, device))
         while True:
             if validation_is_due(state.iteration, settings.iters):  # first, for a run that was stopped before it
-                result = validate(state, val_data, settings, run)
+                result = validate(state, val_data, val_loader, settings, run)
             if state.iteration == settings.iters:
                 break
 
@@ -108,22 +110,20 @@ def main():
                 run.save("last.pt", state)
             if stop:
                 run.say(f"stopped after iteration {state.iteration} and saved; go on with --resume --out {out}")
-                sys.exit(128 + signal.SIGINT if signal.SIGINT in signals else 0)
+                sys.exit(128 + (signals or [signal.SIGTERM])[0])  # another process may have received it
     run.say(report(result, settings.classes))
     run.say(f"picture: {run.picture_path(settings.iters)}   best checkpoint: {out / 'best.pt'} ({state.best_miou:.2%})")
 
 
-def initial_state(settings, device, path):
-    """The State that a run begins with: the one saved at `path` if there is one, else a new one. Raises InputError if
-    the saved state, or the weights to start from, do not fit."""
+def initial_state(settings, device, out, saved=None, leader=0):
+    """The State that a run begins with: that of the checkpoint `saved`, or a new one, whose weights are those that the
+    process `leader` has read. Raises InputError if they do not fit."""
+    if settings.deterministic:
+        be_deterministic()
     torch.manual_seed(settings.seed)
     model = build_model(vars(settings))
-    saved = load(path) if path and path.exists() else None
     if saved is None:
-        if settings.init:
-            load_initial(model, settings.init)
-        else:
-            load_backbone(model, settings.pretrained, settings.depth)
+        load_initial(model, settings, leader)
     if rank_and_world()[1] > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
@@ -131,7 +131,7 @@ def initial_state(settings, device, path):
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
     state = State(model.train(), optimizer, scaler)
     if saved:
-        restore(state, saved, settings.iters, path)
+        restore(state, saved, settings.iters, out / "last.pt")
     return state
 
 
@@ -140,17 +140,17 @@ def validation_is_due(iteration, iters):
     return iteration == iters or iteration > 0 and iteration % -(-iters // 10) == 0
 
 
-def validate(state, data, settings, run):
+def validate(state, data, loader, settings, run):
     """The metrics() of the weights as they are, which are also logged and shown. Saves the state if it is the best."""
-    if dist.is_initialized():  # BatchNorm's statistics may differ among the processes: those of the first one are saved
+    if dist.is_initialized():  # BatchNorm's statistics may differ among the processes; the leader's are saved
         for buffer in state.model.buffers():
-            dist.broadcast(buffer, 0)
+            dist.broadcast(buffer, run.leader)
     config = vars(settings)
     model = for_inference(copy.deepcopy(state.model), next(state.model.parameters()).device)
-    result = evaluate(model, data, config, workers=settings.workers, with_loss=True)
+    result = evaluate(model, data, loader, config, with_loss=True)
     if run.writes:
         run.log(state.iteration, val_loss=result["loss"], **{name: result[name] for name in ("mIoU", "mAcc", "aAcc")})
-        shown = range(0, len(data), math.ceil(len(data) / 4))
+        shown = range(0, len(data), -(-len(data) // 4))
         rows = [(*data[i], predict(model, data[i][0][None], config)[0]) for i in shown]
         run.show(state.iteration, rows)
         run.say(f"iteration {state.iteration}: mIoU {result['mIoU']:.2%}, {run.picture_path(state.iteration)}")

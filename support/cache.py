@@ -10,6 +10,8 @@ import torch
 from support.command import InputError
 from support.files import replace
 
+FORM = 2  # of what is kept: one more whenever a file is decoded to something else than before
+
 
 def cached(folder, decode, path, *arguments):
     """decode(path, *arguments), or what `folder` keeps of it; a file that has changed is decoded anew.
@@ -17,7 +19,7 @@ def cached(folder, decode, path, *arguments):
     Raises InputError if the folder cannot be written to, or holds a damaged file.
     """
     state = path.stat()
-    key = hashlib.sha256(os.fsencode(path.resolve()) + f" {state.st_mtime_ns} {state.st_size}".encode())
+    key = hashlib.sha256(os.fsencode(os.path.realpath(path)) + f" {state.st_mtime_ns} {state.st_size} {FORM}".encode())
     for argument in arguments:  # a label's table
         key.update(argument)
     kept = Path(folder, f"{key.hexdigest()}.npy")
@@ -25,7 +27,7 @@ def cached(folder, decode, path, *arguments):
         keep(kept, decode(path, *arguments).numpy())
     try:
         return torch.from_numpy(np.load(kept, mmap_mode="c"))
-    except (EOFError, ValueError):
+    except Exception:  # a damaged file can meet any of them
         raise InputError(f"{kept}: is damaged; delete it, it is made again") from None
 
 

@@ -12,6 +12,7 @@ No state of random numbers is needed: all that train.py draws follows from the s
 import re
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,8 +21,9 @@ from gcnet import GCNet, SNLNet, add_gc_blocks
 from nonlocal_net import NonLocalNet
 from resnet_d8 import FCN, ResNetD8
 from support import zoo
-from support.command import InputError, rank_and_world
+from support.command import InputError
 from support.files import replace
+from support.processes import gather, share
 
 MODELS = {"gcnet": GCNet, "nonlocal_net": NonLocalNet, "ann": ANN, "snlnet": SNLNet, "fcn": FCN}
 
@@ -85,7 +87,10 @@ def load(source):
     path = zoo.locate(source)
     saved = read(path)
     if isinstance(saved, dict) and "state_dict" in saved:
-        return zoo.convert(saved, path)
+        try:
+            saved = zoo.convert(saved, path)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: its state_dict or meta is not that of a published model ({error})") from None
     config = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(config, dict) or "model" not in saved:
         raise InputError(f"{path}: is no checkpoint of a model; it has no config and model, nor state_dict and meta")
@@ -94,20 +99,32 @@ def load(source):
     for name in ("data_root", "gc_backbone"):  # which earlier checkpoints lack
         config.setdefault(name, None)
     for name, sound in CONFIG.items():
-        if name not in config or not sound(config[name]):
-            raise InputError(f"{path}: its config has no {name} that a model here can have: {config.get(name)!r:.60}")
-    if config["stride"] and not config["crop_size"] or len(config["palette"]) != len(config["classes"]):
-        raise InputError(f"{path}: its config has a stride without a crop_size, or not a colour for each class")
+        if name not in config:
+            raise InputError(f"{path}: its config lacks {name}")
+        if not sound(config[name]):
+            raise InputError(f"{path}: its config says {name}: {config[name]!r:.60}, which no model here can have")
+    if len(config["palette"]) != len(config["classes"]):
+        raise InputError(
+            f"{path}: its config has {len(config['palette'])} colours for {len(config['classes'])} classes"
+        )
+    if config["stride"] and not (config["crop_size"] and fits(config["stride"], config["crop_size"])):
+        raise InputError(f"{path}: its config has a stride {config['stride']} for windows of {config['crop_size']}")
+    if not all(isinstance(name, str) for name in saved["model"]):
+        raise InputError(f"{path}: its weights have no names")
     return saved
+
+
+def fits(stride, window):
+    return stride[0] <= window[0] and stride[1] <= window[1]
 
 
 def is_pair(value):
     """Whether a value of a config is a size: two whole numbers from 1."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and 0 < v < 2**31 for v in value)
 
 
 def is_colour(value):
-    return isinstance(value, list | tuple) and len(value) == 3 and all(v in range(256) for v in value)
+    return isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value)
 
 
 # What the config of a checkpoint must hold, so that the model can be built and evaluated.
@@ -115,7 +132,7 @@ CONFIG = {
     "model": lambda value: isinstance(value, str) and value in MODELS,
     "depth": lambda value: type(value) is int and value in ResNetD8.BLOCKS,
     "align_corners": lambda value: isinstance(value, bool),
-    "gc_backbone": lambda value: value in (None, 4, 16),
+    "gc_backbone": lambda value: value is None or type(value) is int and value in (4, 16),
     "dataset": lambda value: isinstance(value, str),
     "data_root": lambda value: value is None or isinstance(value, str),
     "scale": lambda value: value is None or is_pair(value),
@@ -143,8 +160,11 @@ def load_weights(module, weights, source):
 
 
 def load_model(source):
-    """(model, config) of a checkpoint, on the CPU; source is that of `load`."""
-    saved = load(source)
+    """(model, config) of a checkpoint, on the CPU; source is that of `load`. Of several processes, the one with the
+    newest file of that name reads it for all."""
+    path = Path(source)
+    times = gather(path.stat().st_mtime if path.is_file() else 0)
+    saved = share(lambda: load(source), times.index(max(times)))
     model = build_model(saved["config"])
     load_weights(model, saved["model"], source)
     return model, saved["config"]
@@ -152,16 +172,39 @@ def load_model(source):
 
 def restore(state, saved, iters, source):
     """Puts the checkpoint `saved`, of a run of `iters` steps, into a State. Raises InputError if it is none."""
-    if {"optimizer", "scaler", "iteration", "best_miou"} - saved.keys() or saved["iteration"] > iters:
+    iteration, best_miou = saved.get("iteration"), saved.get("best_miou")
+    if type(iteration) is not int or not 0 <= iteration <= iters or type(best_miou) is not float:
         raise InputError(f"{source}: is no state of a run of {iters} steps; --init takes its weights alone")
     load_weights(state.model, saved["model"], source)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
-    state.iteration = saved["iteration"]
-    state.best_miou = saved["best_miou"]
+    try:
+        state.optimizer.load_state_dict(saved["optimizer"])
+        state.scaler.load_state_dict(saved["scaler"])
+        for parameter, kept in state.optimizer.state.items():
+            if kept["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("its momentum has another shape than its weights")
+    except Exception as error:  # what another program put there can meet any of them
+        raise InputError(
+            f"{source}: holds no state of this run's optimizer ({error}); --init takes its weights alone"
+        ) from None
+    state.iteration = iteration
+    state.best_miou = best_miou
 
 
 # ------------------------------------------------------------------------------------------- what a new run starts from
+
+
+def load_initial(model, settings, leader):
+    """Starts the model of a new run as --init or --pretrained says, in all processes from what the process `leader` has
+    read. Raises InputError if it does not fit."""
+
+    def read_weights():
+        if settings.init:
+            load_init(model, settings.init)
+        else:
+            load_backbone(model, settings.pretrained, settings.depth)
+        return model.state_dict()
+
+    model.load_state_dict(share(read_weights, leader))
 
 
 def context_blocks(module):
@@ -188,7 +231,7 @@ def load_backbone(model, source, depth):
     load_weights(model.backbone, context_blocks(model.backbone) | weights, source)
 
 
-def load_initial(model, source):
+def load_init(model, source):
     """Starts the model from a checkpoint, but for classifiers with another number of classes; prints what was loaded.
 
     source is that of `load`. Raises InputError.
@@ -199,5 +242,4 @@ def load_initial(model, source):
     load_weights(model, {key: own[key] if key in kept else weights[key] for key in weights}, source)
     classifiers = "but the classifiers, which start anew: other classes" if kept else "classifiers too"
     fresh = "; the backbone's GC blocks start anew" if len(weights) > len(given) else ""
-    if rank_and_world()[0] == 0:
-        print(f"--init {source}: all weights, {classifiers}{fresh}")
+    print(f"--init {source}: all weights, {classifiers}{fresh}")

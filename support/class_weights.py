@@ -2,7 +2,8 @@
 
 import torch
 
-from support.command import InputError, sum_over_processes
+from support.command import InputError
+from support.processes import sum_over_processes
 from support.scan import scan
 
 

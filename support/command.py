@@ -1,4 +1,4 @@
-"""What every command needs: the parser, a mistake as one line, the process's device and rank, Ctrl-C and SIGTERM."""
+"""What every command needs: the parser, a mistake as one line, Ctrl-C and SIGTERM."""
 
 import argparse
 import contextlib
@@ -12,9 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 
 class InputError(Exception):
@@ -32,6 +30,13 @@ class Parser(argparse.ArgumentParser):
         prog = f"python -m {spec.name}" if spec else None
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=formatter, **options)
+
+    def parse_known_args(self, *arguments, **options):
+        parsed, others = super().parse_known_args(*arguments, **options)
+        for name, value in vars(parsed).items():
+            if value == "" or isinstance(value, list) and "" in value:
+                raise InputError(f"{name}: is empty")
+        return parsed, others
 
     def error(self, message):
         raise InputError(message)
@@ -59,59 +64,23 @@ def positive(text):
     return int(text)
 
 
-# ----------------------------------------------------------------------------------------------------- the processes
-
-
-def start_process(deterministic=False):
-    """Sets torch up, and joins the processes that torchrun has started into one group. Returns this one's device."""
-    torch.set_flush_denormal(True)  # fresh weights drive activations to denormals, on which a CPU is slow
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    cuda = torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        # torchrun keeps its store over restarts: without the prefix a rank may read where a dead one listened.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-    return device
-
-
-def rank_and_world():
-    """This process's number among those that work together, from 0, and how many they are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_processes(tensor):
-    """The tensor, after it has been replaced by its sum over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 # -------------------------------------------------------------------------------------------------------- the signals
 
 
 def collect_signals():
-    """A list to which SIGINT and SIGTERM are added from now on, instead of ending the process; a second one ends it."""
+    """A list to which SIGINT, SIGTERM and SIGHUP are added from now on, instead of ending the process; a second one
+    ends it. SIGHUP stays ignored under nohup."""
     received = []
 
     def add(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, add)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, add)
     return received
-
-
-def ignore_signals(worker):
-    """For data-loading workers: Ctrl-C and SIGTERM reach them too, but the main process decides what follows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------------- how it ends
@@ -164,6 +133,8 @@ def explain(error):
         )
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more"
+    if dist.is_initialized() and re.search("(timed out|timeout) (waiting|after)", message, re.I):
+        return f"waited too long for another process ({message.splitlines()[0]})"
     if "DataLoader worker (pid" in message or isinstance(error, (EOFError, ConnectionError)):
         return f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
     if "shared memory" in message:

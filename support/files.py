@@ -1,8 +1,14 @@
-"""Writing files so that what was there before is not lost."""
+"""Writing files so that what was there before is not lost, and so that one process at a time does."""
 
 import contextlib
+import errno
 import os
 import secrets
+
+try:
+    import fcntl
+except ImportError:  # Windows has other locks: nothing keeps two processes from one file there
+    fcntl = None
 
 from support.command import InputError
 
@@ -29,3 +35,16 @@ def replace(path, write, sync=True):
             partial.unlink()
         kept = "; the one before it is whole" if path.exists() else ""
         raise InputError(f"{path}: cannot be written to ({error}){kept}") from None
+
+
+def lock(file, wait):
+    """Takes the lock of an open file, until it is closed or this process ends; if another one has it, waits for it or
+    returns False."""
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        # Else the file system has no locks.
+    return True

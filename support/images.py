@@ -24,7 +24,7 @@ def open_image(path):
         if not path.is_file():  # a pipe would wait for ever
             raise FileNotFoundError("no such file")
         with Image.open(path, formats=FORMATS) as image:
-            coding = image.tile[0][3]
+            coding = image.tile[0][3] if image.tile else image.mode
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             return image, coding
@@ -39,8 +39,7 @@ def read_image(path):
     image, _ = open_image(path)
     if image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8:  # BitsPerSample
         raise InputError(f"{path}: has more than 8 bits per channel, in an unknown range; save it with 8 bits")
-    if image.mode == "P":  # its transparency would not go into RGB
-        image = image.convert("RGBA")
+    image = image.convert("RGBA") if image.mode == "P" else image  # RGB could not take P's transparency
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from support import classes
-from support.command import InputError, rank_and_world
+from support.command import InputError
 from support.images import INVALID, VOID, Files
 from support.pictures import is_own
+from support.processes import rank_and_world
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images without labels
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # label id of each of the 19 train ids
@@ -39,13 +40,13 @@ def find_root(root, name, marker, parents=()):
 def files_below(folder, visited):
     """Yields the files below a folder, sorted, without hidden ones. Links are followed, but no folder is read twice:
     `visited` is the set of those that have been."""
-    visited.add(folder.resolve())
+    visited.add(os.path.realpath(folder))
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if not path.is_dir():
             yield path
-        elif path.resolve() not in visited:
+        elif os.path.realpath(path) not in visited:
             yield from files_below(path, visited)
 
 
@@ -192,7 +193,9 @@ def find_images(arguments):
             if is_own(path):
                 own.append(path)
             elif found.setdefault(str(name), path) != path:
-                raise InputError(f"{path}: its results would overwrite those of {found[str(name)]}; use another --out")
+                raise InputError(
+                    f"{path}: its results would overwrite those of {found[str(name)]}; name one of them alone"
+                )
     note_unused(own, "written by these commands")
     if not found:
         raise InputError(f"{own[0]}: was written by these commands, and there are no other images")

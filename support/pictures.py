@@ -1,9 +1,11 @@
 """Pictures of segmentations and of a run's course, and label maps as files.
 
-What is written here carries a mark, so that no command replaces a file of others, nor takes its own output for input.
+What is written here carries a mark, so that no command replaces a file of others, nor takes its own pictures for
+images to segment.
 """
 
 import math
+import os
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -12,7 +14,7 @@ from support.command import InputError
 from support.files import replace
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
-MARK = "How does a pixel get to see the whole image?"  # in the first bytes of every picture and page
+MARK = "Written by: How does a pixel get to see the whole image?"  # in the first bytes of every picture and page
 
 
 def is_own(path):
@@ -111,7 +113,15 @@ class LabelMaps:
     def __init__(self, folder, data, submission=False):
         self.folder, self.data = folder, data
         self.values = data.submission if submission else None
-        refuse_to_replace(self.path(image) for image, _ in data.files)
+        paths = [self.path(image) for image, _ in data.files]
+        refuse_to_replace(paths)
+        if len(set(paths)) < len(paths):
+            raise InputError(
+                f"{folder}: two images of the split {data.split!r} have one name, so would their label maps"
+            )
+        of_data = {os.path.realpath(path.parent) for pair in data.files for path in pair if path}
+        if of_data & {os.path.realpath(path.parent) for path in paths}:
+            raise InputError(f"{folder}: is a folder of the data set; name another one")
 
     def path(self, image):
         name = image.relative_to(self.data.tree) if self.data.tree else image.name

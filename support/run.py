@@ -1,9 +1,9 @@
 """The folder of a training run: what is in it, who writes it, and how it is found and read again."""
 
 import contextlib
-import errno
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -11,15 +11,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from support import files
 from support.checkpoint import save
-from support.command import InputError, rank_and_world
+from support.command import InputError
 from support.files import replace
 from support.pictures import compare, curves
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs from one folder
-    fcntl = None
+from support.processes import gather, mark_begun, rank_and_world
 
 SAVE_SECONDS = 300  # between two savings of last.pt
 FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "samples", "curves.png")
@@ -27,8 +24,8 @@ LARGEST = 1e12  # of weights and of BatchNorm's statistics: beyond, the next ste
 
 
 class Run:
-    """A run's folder while it trains, and the progress bar. One process writes; in the others say, log, step and save
-    do nothing.
+    """A run's folder while it trains, and the progress bar. One process writes; in the others say, log and save do
+    nothing.
 
     config.json        the settings
     log.jsonl          a line for each validation, and for at least each thousandth of the steps
@@ -39,21 +36,23 @@ class Run:
     Its methods raise InputError or OSError if the folder cannot be written to.
     """
 
-    def __init__(self, out, settings, start, writes):
-        """Makes the folder, or prepares it to continue at the iteration `start`: later lines leave the log."""
-        self.out, self.settings, self.writes = out, settings, writes
+    def __init__(self, out, settings, start, leader=0):
+        """Makes the folder, or prepares it to continue at the iteration `start`: later lines leave the log. The process
+        `leader` does, and writes to it."""
+        self.out, self.settings, self.leader = out, settings, leader
+        self.writes = writes = rank_and_world()[0] == leader
         self.last_save = time.monotonic()
         self.skipped = 0
         self.board = None
         if writes:
             (out / "samples").mkdir(parents=True, exist_ok=True)
-            self.lock = lock(out)
             for name in FILES:
                 for partial in out.glob(f"{name}.*.partial"):  # of a process that was killed while it wrote
                     partial.unlink()
             replace(out / "config.json", lambda file: file.write(json.dumps(vars(settings), indent=1).encode() + b"\n"))
             kept = [json.dumps(line) + "\n" for line in read_log(out) if line["iteration"] < start]
             replace(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+            mark_begun()
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -65,8 +64,6 @@ class Run:
 
     def __exit__(self, *error):
         self.bar.close()
-        if self.writes:
-            self.lock.close()
 
     def say(self, text):
         if self.writes:
@@ -88,8 +85,8 @@ class Run:
         """Shows a step, and logs it if its turn has come. Raises InputError, which names the files of the batches, if
         its loss is not finite."""
         if not math.isfinite(loss + aux_loss):
-            files = ", ".join(file for batch in batches for file in batch["file"])
-            what = f"the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {files}"
+            names = ", ".join(file for batch in batches for file in batch["file"])
+            what = f"the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {names}"
             raise InputError(f"iteration {iteration}: {what}")
         self.skipped += skipped
         speed = self.settings.effective_batch / seconds
@@ -130,21 +127,18 @@ class Run:
 
 
 def lock(out):
-    """The open file by which this process alone may write to a run's folder, for as long as it lives. Raises InputError
-    if another one does."""
-    file = open(out / ".lock", "a")  # noqa: SIM115
-    try:
-        fcntl and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(f"{out}: another process is training there; wait for it, or name another --out") from None
-        # Else the file system has no locks.
-    return file
+    """Keeps a run's folder for this process alone until that ends, by a lock on OUT/.lock. Raises InputError if another
+    process has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would give up the lock
+    if not files.lock(file, wait=False):
+        raise InputError(f"{out}: another process is training there; wait for it, or name another --out")
 
 
 def held(out):
     """The first of a run's files that a folder holds, None if there is none."""
-    return next((out / name for name in FILES if (out / name).exists()), None)
+    paths = (out / name for name in FILES)
+    return next((path for path in paths if (any(path.iterdir()) if path.is_dir() else path.exists())), None)
 
 
 def read_log(folder):
@@ -170,12 +164,12 @@ def read_config(folder):
 
 
 def newest_checkpoint():
-    """The best.pt in a folder of runs/, or in a folder of that, that was written last; says which. Raises InputError
-    if there is none."""
+    """The best.pt in a folder of runs/, or in a folder of that, that was written last on any of the machines; says
+    which. Raises InputError if there is none."""
     found = [path for pattern in ("*/best.pt", "*/*/best.pt") for path in Path("runs").glob(pattern)]
-    if not found:
+    _, newest = max(gather(max([(path.stat().st_mtime, str(path)) for path in found], default=(0, None))))
+    if newest is None:
         raise InputError("runs/: holds no run yet; name a checkpoint, or train one with: python train.py")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
     if rank_and_world()[0] == 0:
         print(f"checkpoint: {newest}")
     return newest

@@ -4,7 +4,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from support.command import InputError, rank_and_world
+from support.command import InputError
+from support.processes import loading, patient, rank_and_world
 
 
 class Scan(Dataset):
@@ -26,9 +27,15 @@ class Scan(Dataset):
         return np.bincount(label.flatten(), minlength=256), tuple(image.shape[:2]), None
 
 
+def unchanged(item):
+    return item
+
+
 def scan(data, workers):
     """Scan's items over a data set, or over this process's share of it, with a progress bar."""
     rank, world = rank_and_world()
     share = range(rank, len(data), world)
-    loader = DataLoader(Scan(data), sampler=share, collate_fn=lambda items: items[0], num_workers=workers)
-    return list(tqdm(loader, f"reading {data.split}", disable=rank > 0, leave=False, dynamic_ncols=True))
+    loader = DataLoader(Scan(data), sampler=share, batch_size=None, collate_fn=unchanged, **loading(workers))
+    return list(
+        tqdm(patient(loader), f"reading {data.split}", len(loader), disable=rank > 0, leave=False, dynamic_ncols=True)
+    )

@@ -7,7 +7,7 @@ all follow from `Settings`.
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ import torch
 
 from resnet_d8 import ResNetD8
 from support import layouts, run, scenes
-from support.checkpoint import MODELS
-from support.command import InputError, Parser, positive, rank_and_world, whole_number
+from support.checkpoint import CONFIG, MODELS, load
+from support.command import InputError, Parser, positive, whole_number
+from support.processes import gather, has_begun, rank_and_world, share
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: the type of mixed precision
 
@@ -64,7 +65,7 @@ def rate(text):
 
 def absolute(text):
     """An absolute path, for argparse."""
-    return str(Path(os.path.expanduser(text)).resolve())
+    return os.path.realpath(os.path.expanduser(text))
 
 
 def setting(help=None, default=MISSING, free=False, **parsing):
@@ -132,10 +133,8 @@ def defaults(given):
 
 
 def parse(description):
-    """(settings, out, resume) of train.py's command line; what is not given is the preset's, or the resumed run's.
-
-    out is the run's folder, a Path. Raises InputError for a mistake on the command line or in the run's config.json.
-    """
+    """(given, out, resume) of train.py's command line: a dict of the settings that it gives, the run's folder as a
+    Path, and whether the run may be there already. Raises InputError for a mistake."""
     first, _ = option_parser(description, {}, add_help=False).parse_known_args()  # to know whose defaults to show
     given = vars(option_parser(description, vars(first)).parse_args())
     out = given.pop("out", None)
@@ -143,25 +142,9 @@ def parse(description):
     if out is None:
         new = Settings(**defaults(given) | given)
         out = f"runs/{new.model}-r{new.depth}-{new.dataset}"
-    out = Path(out)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
-        resume = (out / "config.json").exists()
-    if resume:
-        saved = read_settings(out)
-        refuse_changes(given, saved, out)
-        if (out / "best.pt").exists() and not (out / "last.pt").exists():
-            raise InputError(f"{out}: holds no last.pt to continue from; --init {out}/best.pt starts a new run")
-    elif held := run.held(out):
-        what = f"already holds a run ({held.name})"
-        raise InputError(f"{out}: {what}; continue it with --resume, or name another folder with --out")
-    else:
-        saved = defaults(given)
-    settings = Settings(**saved | given)
-    if settings.batch_size == 1 and max(settings.crop_size) <= 8:
-        raise InputError("--batch-size 1 with --crop-size 8 8 or less: BatchNorm needs more than one value per channel")
     if "init" in given and "pretrained" in given:
         raise InputError("--init and --pretrained: a run starts from one of them")
-    return settings, out, resume
+    return given, Path(os.path.expanduser(out)), resume
 
 
 def option_parser(description, given, **options):
@@ -187,6 +170,59 @@ def flag(each):
     return "--" + each.name.replace("_", "-")
 
 
+# --------------------------------------------------------------------------------------------------- of a run, for all
+
+
+def agree(given, out, resume):
+    """(settings, saved, leader) of a run, from what `parse` returns; what is not given is the preset's, or the resumed
+    run's. saved is the run's checkpoint, None if it has none.
+
+    One process decides for all, and writes to the folder `out` from then on: `leader`, in whose folder the run has come
+    farthest. The others need no such folder. Raises InputError if the run may not begin or continue like this.
+    """
+    resume = resume or any(gather(has_begun()))
+    reached = gather(reached_by(out) if resume else (-1, None))
+    if len({run for _, run in reached if run}) > 1:
+        raise InputError(f"{out}: the machines hold different runs there; keep one, or name another folder with --out")
+    leader = reached.index(max(reached, key=lambda state: state[0]))
+    settings, saved = share(lambda: decide(given, out, resume), leader)
+    own = {each.name: given[each.name] for each in fields(Settings) if each.name in given and each.metadata["free"]}
+    return replace(settings, **own), saved, leader
+
+
+def reached_by(out):
+    """(iteration, text of what makes the run this run) of the state in a folder, (-1, None) if there is none."""
+    try:
+        saved = load(out / "last.pt")
+        kept = [saved["config"].get(each.name) for each in fields(Settings) if not each.metadata["free"]]
+        return saved["iteration"], str(kept)
+    except (InputError, KeyError):
+        return -1, None
+
+
+def decide(given, out, resume):
+    """(settings, saved) as of `agree`, from what the folder `out` of this process holds."""
+    run.lock(out)
+    begun = run.held(out)
+    saved = None
+    if begun and not resume:
+        what = f"already holds a run ({begun.name})"
+        raise InputError(f"{out}: {what}; continue it with --resume, delete it, or name another folder with --out")
+    if begun:
+        known = read_settings(out)
+        refuse_changes(given, known, out)
+        if (out / "last.pt").exists():
+            saved = load(out / "last.pt")
+        elif (out / "best.pt").exists():
+            raise InputError(f"{out}: holds no last.pt to continue from; --init {out}/best.pt starts a new run")
+    else:
+        known = defaults(given)
+    settings = Settings(**known | given)
+    if settings.batch_size == 1 and max(settings.crop_size) <= 8:
+        raise InputError("--batch-size 1 with --crop-size 8 8 or less: BatchNorm needs more than one value per channel")
+    return settings, saved
+
+
 # ---------------------------------------------------------------------------------------------- from a run to resume
 
 
@@ -203,6 +239,9 @@ def read_settings(out):
         except (ValueError, argparse.ArgumentTypeError) as error:
             what = f"argument {flag(known[name])}" if known[name].metadata["help"] else name
             raise InputError(f"{path}: {what}: {error}") from None
+    for name, sound in CONFIG.items():
+        if saved.get(name) is not None and not sound(saved[name]):
+            raise InputError(f"{path}: {name}: cannot be {saved[name]!r:.60}")
     for name, each in known.items():
         if name not in saved and each.default is not None and each.default is not False:
             raise InputError(f"{path}: lacks the setting {name}")
@@ -234,11 +273,12 @@ def refuse_changes(given, saved, out):
 
 def complete(settings, out, train_data, val_data):
     """Adds what follows from the data and the processes. Raises InputError if it does not fit the resumed run."""
-    effective = settings.batch_size * settings.accumulate * rank_and_world()[1]
-    if effective != (settings.effective_batch or effective):
-        wanted = settings.effective_batch
-        raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, this would be {effective}")
-    settings.effective_batch = effective
+    at_once = settings.batch_size * rank_and_world()[1]
+    wanted = settings.effective_batch or at_once * settings.accumulate
+    if wanted % at_once:
+        raise InputError(f"--batch-size: the run in {out} has {wanted} images per step, no multiple of these {at_once}")
+    settings.effective_batch = wanted
+    settings.accumulate = wanted // at_once  # with another number of processes than before, another number of batches
     for data in (train_data, val_data):
         if not data.labelled:
             raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
@@ -246,6 +286,12 @@ def complete(settings, out, train_data, val_data):
         raise InputError(f"{out}: the run was trained on other classes: {', '.join(settings.classes[:4])} ...")
     settings.classes = list(train_data.classes)
     settings.palette = [list(colour) for colour in train_data.palette]
+
+
+def describe_run(settings, images, start, out):
+    """What a run does, as text."""
+    what = f"{settings.model} R-{settings.depth} on {settings.dataset}, {images} images"
+    return f"{what}, from iteration {start} to {settings.iters}, {out}/"
 
 
 def describe_batch(settings, device):

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from support.classes import bit_colours
 from support.command import InputError
+from support.files import lock
 
 BACKBONES_URL = "https://download.openmmlab.com/pretrain/third_party"
 BACKBONES = {50: f"{BACKBONES_URL}/resnet50_v1c-2cccc1ad.pth", 101: f"{BACKBONES_URL}/resnet101_v1c-e67eebb6.pth"}
@@ -31,53 +31,67 @@ def published():
 
 
 def locate(source):
-    """The local file of a checkpoint: a path, a URL, or the name of a published model; fetched if need be."""
+    """The local file of a checkpoint: a path, a URL, or the name of a published model; fetched if need be. A fetched
+    file that its name does not fit is fetched once more; one that still does not fit is warned of."""
     source = str(source)
     if source in published():
         source = published()[source]["url"]
-    path = download(source) if source.startswith(("http://", "https://")) else Path(source)
+    remote = source.startswith(("http://", "https://"))
+    path = download(source) if remote else Path(source)
     if not path.is_file():
         raise InputError(f"{path}: there is no such file, and no published model of that name (ZOO.md lists them)")
-    digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
-    if digits:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not found.startswith(digits[1]):
-            print(f"warning: {path}: its SHA-256 begins with {found[:8]}, not as its name says", file=sys.stderr)
+    if remote and not fits_name(path)[0]:
+        path.unlink(missing_ok=True)
+        download(source)
+    fits, found = fits_name(path)
+    if not fits:
+        print(f"warning: {path}: its SHA-256 begins with {found[:8]}, not as its name says", file=sys.stderr)
     return path
 
 
+def fits_name(path):
+    """(whether a file's SHA-256 begins as its name says, if it does; the SHA-256)."""
+    digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if digits else ""
+    return not digits or found.startswith(digits[1]), found
+
+
 def download(url):
-    """The file of a URL in torch.hub's cache. A transfer that was cut off goes on where it ended."""
+    """The file of a URL in torch.hub's cache. A transfer that was cut off goes on where it ended. Of several processes
+    that want a file, one fetches it and the others wait."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if int(os.environ.get("LOCAL_RANK", 0)):  # one process fetches; should it fail, torchrun ends the others
-        while not path.exists():
-            time.sleep(0.2)
     if path.exists():
         return path
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = partial.stat().st_size if partial.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            if response.status != 206:  # the server sends the whole file again
-                done = 0
-            total = done + int(response.headers.get("Content-Length", 0))
-            with (
-                open(partial, "ab" if done else "wb") as file,
-                tqdm(desc=path.name, total=total, initial=done, unit="B", unit_scale=True) as bar,
-            ):
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        if partial.stat().st_size < total:
-            raise OSError("the connection ended early; the same command goes on from there")
+        with open(partial, "ab") as file:
+            lock(file, wait=True)
+            if not path.exists():
+                fetch(url, file)
+                os.replace(partial, path)
     except (OSError, HTTPException, ValueError) as error:
         if getattr(error, "code", None) == 416:  # no such range: what is here is not a beginning of the file
-            partial.unlink()
+            partial.unlink(missing_ok=True)
         raise InputError(f"{url}: cannot be fetched ({error}); or put the file here: {path}") from None
-    os.replace(partial, path)
     return path
+
+
+def fetch(url, file):
+    """Adds to an open file what it still lacks of a URL's content."""
+    done = file.seek(0, os.SEEK_END)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        if response.status != 206:  # the server sends the whole file again
+            done = 0
+            file.truncate(0)
+        total = done + int(response.headers.get("Content-Length", 0))
+        with tqdm(desc=Path(file.name).stem, total=total, initial=done, unit="B", unit_scale=True) as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if file.tell() < total:
+        raise OSError("the connection ended early; the same command goes on from there")
 
 
 def convert(state, path):

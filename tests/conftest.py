@@ -146,7 +146,7 @@ def run_script(tmp_path):
 def run_inside(tmp_path, monkeypatch, capsys):
     """Calls a command's main() in this process, which saves seconds: run_inside(train, "--iters", 4) gives what it
     prints, and with fails=True the line with which it refuses."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(module, *arguments, fails=False):
         monkeypatch.chdir(tmp_path)

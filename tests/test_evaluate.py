@@ -9,7 +9,7 @@ import torch
 from conftest import write_scene
 
 from data import open_data
-from evaluate import confusion_matrix, equal_sizes, evaluate, metrics, window_starts
+from evaluate import confusion_matrix, equal_sizes, evaluate, evaluation_loader, metrics, window_starts
 from resnet_d8 import FCN
 from support.fast import for_inference
 from train import poly_lr, segmentation_loss, validation_is_due
@@ -78,7 +78,8 @@ def test_together_or_alone_the_result_is_the_same(folder, monkeypatch):
     for pixels in (0, 10**6):
         monkeypatch.setattr("evaluate.BATCH_PIXELS", pixels)
         maps = {}
-        results.append(evaluate(model, data, config, save=maps.__setitem__, with_loss=True))
+        loader = evaluation_loader(data, 0)
+        results.append(evaluate(model, data, loader, config, save=maps.__setitem__, with_loss=True))
         saved[pixels] = maps
     assert results[0]["mIoU"] == results[1]["mIoU"] and results[0]["loss"] == pytest.approx(results[1]["loss"])
     assert [tuple(saved[0][i].shape) for i in range(4)] == [(40, 48), (40, 48), (32, 48), (40, 48)]

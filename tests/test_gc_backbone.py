@@ -188,8 +188,6 @@ def test_commands(folder, run_inside, tmp_path):
     assert "1 images" in run_inside(predict, image, "--checkpoint", "run/last.pt")
 
     with pytest.raises(InputError, match="last.pt: does not fit.*context_block"):
-        checkpoint.load_initial(
-            checkpoint.build_model(state["config"] | {"gc_backbone": None}), tmp_path / "run/last.pt"
-        )
+        checkpoint.load_init(checkpoint.build_model(state["config"] | {"gc_backbone": None}), tmp_path / "run/last.pt")
     message = run_inside(train, "--resume", "--out", "run", "--gc-backbone", 4, fails=True)
     assert message == "--gc-backbone 4: the run in run has 16"

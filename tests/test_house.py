@@ -87,14 +87,15 @@ def test_one_training_step_executes_few_files(folder):
     settings.data_root, settings.crop_size, settings.workers = str(folder), [32, 32], 0
     data = open_data("folder", folder, "train")
     complete(settings, Path("run"), data, data)
-    state = train.initial_state(settings, torch.device("cpu"), None)
+    state = train.initial_state(settings, torch.device("cpu"), Path("run"))
+    loader = training_loader(data, settings, 0, 0, 1, False)
     executed = set()
 
     def trace(frame, event, argument):
         executed.add(frame.f_code.co_filename)
 
     def step():
-        batches = [to_device(next(training_loader(data, settings, 0, 0, 1, False)), "cpu")]
+        batches = [to_device(next(loader), "cpu")]
         lr = train.poly_lr(0, settings.iters, settings.lr)
         train.training_step(state.model, state.optimizer, state.scaler, batches, lr)
 

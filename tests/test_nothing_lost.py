@@ -15,6 +15,7 @@ import evaluate
 import train
 from support import run
 from support.checkpoint import State
+from support.classes import CITYSCAPES
 from support.command import InputError
 from support.files import replace
 from support.images import read_image
@@ -34,12 +35,13 @@ def contents(folder):
 
 @pytest.mark.parametrize("name", run.FILES)
 def test_a_folder_with_any_file_of_a_run_is_refused(name, folder, tmp_path, run_inside):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("{}")
+    path = tmp_path / "run" / (f"{name}/000024.png" if name == "samples" else name)
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
     before = contents(tmp_path)
     message = run_inside(train, *train_arguments(folder, "run")[1:], fails=True)
     assert f"run: already holds a run ({name})" in message
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == {**before, tmp_path / "run/.lock": b""}
 
 
 def test_a_run_that_lost_its_state_does_not_begin_anew(folder, tmp_path, run_inside):
@@ -54,18 +56,15 @@ def test_a_run_that_lost_its_state_does_not_begin_anew(folder, tmp_path, run_ins
 
 
 def test_one_process_at_a_time_writes_to_a_run(tmp_path):
-    settings = Settings(**defaults({}))
     code = "import sys, time; from pathlib import Path; from support.run import lock"
-    code += "; held = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    code += "; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     other = start(["-c", code, tmp_path], tmp_path)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"^{tmp_path}: another process is training there"):
-        Run(tmp_path, settings, 0, writes=True)
-    assert run.held(tmp_path) in (None, tmp_path / "samples")
+        run.lock(tmp_path)
     other.kill()
     other.wait()
-    with Run(tmp_path, settings, 0, writes=True):
-        pass
+    run.lock(tmp_path)
 
 
 @pytest.mark.slow
@@ -83,6 +82,18 @@ def test_resume_beside_the_living_run(folder, tmp_path):
     assert iterations == sorted(set(iterations))
 
 
+def test_a_run_that_another_process_finished_meanwhile(folder, tmp_path, run_inside, monkeypatch):
+    """The folder is looked at once it is this process's own."""
+
+    def finished(out, lock=run.lock):
+        lock(out)
+        (out / "best.pt").touch()
+
+    monkeypatch.setattr(run, "lock", finished)
+    message = run_inside(train, *train_arguments(folder, "run")[1:], fails=True)
+    assert "run: already holds a run (best.pt)" in message
+
+
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
     def outer(file):
         file.write(b"outer")
@@ -96,7 +107,7 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
 def test_a_users_partial_files_stay(tmp_path):
     for name in ("movie.mp4.partial", "last.pt.12ab.partial"):
         (tmp_path / name).touch()
-    with Run(tmp_path, Settings(**defaults({})), 0, writes=True):
+    with Run(tmp_path, Settings(**defaults({})), 0):
         pass
     assert [path.name for path in tmp_path.glob("*.partial")] == ["movie.mp4.partial"]
 
@@ -105,7 +116,7 @@ def test_a_users_partial_files_stay(tmp_path):
 def test_weights_that_diverged_are_not_saved(value, tmp_path):
     model = torch.nn.BatchNorm2d(3)
     state = State(model, torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False), 7)
-    with Run(tmp_path, Settings(**defaults({})), 0, writes=True) as folder:
+    with Run(tmp_path, Settings(**defaults({})), 0) as folder:
         folder.save("last.pt", state)
         before = (tmp_path / "last.pt").read_bytes()
         model.running_var[1] = value
@@ -134,7 +145,7 @@ def test_the_ablation_ends_its_training(tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
     assert (tmp_path / "runs/ablation/fcn-0/last.pt").exists()
     assert str(tmp_path) not in subprocess.run(["pgrep", "-af", "train.py"], capture_output=True, text=True).stdout
-    run.lock(tmp_path / "runs/ablation/fcn-0").close()
+    run.lock(tmp_path / "runs/ablation/fcn-0")
 
 
 # ----------------------------------------------------------------------------------------------- pictures, label maps
@@ -181,6 +192,22 @@ def test_attention_replaces_no_file_of_others(photos, run_inside):
         run_inside(attention, "model.pt", "photos/a.jpg", "--out", "photos", "--html")
 
 
+def test_label_maps_of_equal_names_or_among_the_data(folder, tmp_path, run_inside):
+    save_model(tmp_path / "model.pt", "gcnet", CITYSCAPES)
+    for city in "ab":
+        place = tmp_path / "city/leftImg8bit/val" / city
+        place.mkdir(parents=True)
+        Image.new("RGB", (9, 8)).save(place / "0_leftImg8bit.png")
+    data = ("--dataset", "cityscapes", "--data-root", "city", "--workers", 0)
+    assert "have one name" in run_inside(evaluate, "model.pt", *data, "--save", "maps", fails=True)
+    (folder / "images/val/scene1.png").rename(folder / "images/val/scene1.jpg")
+    save_model(tmp_path / "model.pt", "gcnet")
+    save = ("model.pt", "--data-root", folder, "--save", folder / "images/val")
+    before = contents(folder)
+    run_inside(evaluate, *save, fails=True)
+    assert contents(folder) == before
+
+
 def test_label_maps_replace_their_like_alone(folder, tmp_path, run_inside):
     save_model(tmp_path / "model.pt", "gcnet")
     arguments = ("model.pt", "--data-root", folder, "--workers", 0, "--save", "maps")
@@ -207,7 +234,7 @@ def test_the_mark_does_not_change_a_picture(mode, tmp_path):
 def test_a_disk_without_room_is_named_with_the_file(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"^/proc/a.png: cannot be written to"):
         save_png(Image.new("L", (2, 2)), Path("/proc/a.png"))
-    with Run(tmp_path, Settings(**defaults({})), 0, writes=True) as folder:
+    with Run(tmp_path, Settings(**defaults({})), 0) as folder:
         (tmp_path / "log.jsonl").unlink()
         (tmp_path / "log.jsonl").symlink_to("/dev/full")
         with pytest.raises(InputError, match=rf"^{tmp_path}/log.jsonl: cannot be written to \(No space left"):

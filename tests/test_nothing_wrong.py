@@ -12,14 +12,16 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_model, start, write_scene
+from conftest import ROOT, published, save_model, start, train_arguments, write_scene
 from PIL import Image
 
+import evaluate
+import train
 from data import open_data
 from evaluate import equal_sizes
 from support.checkpoint import load_model
 from support.command import InputError, explain
-from support.images import VOID, read_image, read_label
+from support.images import FORMATS, VOID, read_image, read_label
 from support.layouts import find_images, identity
 from support.run import newest_checkpoint
 from tools import check_data
@@ -69,10 +71,11 @@ def test_values_of_unknown_range_are_refused(kind, tmp_path):
         read_image(tmp_path / "a.tif")
 
 
-def test_a_tiff_of_8_bits_is_read(tmp_path):
-    exact = np.random.default_rng(0).integers(0, 256, (5, 6, 3)).astype(np.uint8)
-    Image.fromarray(exact).save(tmp_path / "a.tif")
-    assert read_image(tmp_path / "a.tif").numpy().tolist() == exact.tolist()
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_is_read(kind, tmp_path):
+    exact = np.full((16, 24, 3), (200, 100, 50), np.uint8)
+    Image.fromarray(exact).save(tmp_path / "a.any", kind)
+    assert np.abs(read_image(tmp_path / "a.any").numpy().astype(int) - exact).max() < 5
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "DDS", "GIF", "PPM", "JPEG2000", "AVIF", "BLP"])
@@ -174,6 +177,13 @@ def test_a_split_is_the_name_of_a_folder(split, folder, run_inside):
     assert message.endswith(f"{split!r} is no name of a split")
 
 
+@pytest.mark.parametrize("option", ["--data-root", "--split", "--save", "--dataset"])
+def test_an_empty_option_is_a_mistake(option, run_inside):
+    message = run_inside(evaluate, option, "", fails=True)
+    assert "is empty" in message or "invalid choice: ''" in message or "'' is no name of a split" in message
+    assert run_inside(evaluate, "", fails=True) == "checkpoint: is empty"
+
+
 @pytest.mark.parametrize("root", ["~nosuchuser/data", "nothing"])
 def test_a_root_that_is_not_there(root):
     with pytest.raises(InputError, match=f"^{root}: there is no images/ in it"):
@@ -245,6 +255,44 @@ def edited(path, change):
     return path
 
 
+def test_scores_that_are_no_numbers_are_no_classes(folder, tmp_path, run_inside):
+    def change(saved):
+        saved["model"]["backbone.stem.1.running_var"].fill_(-1)
+
+    edited(save_model(tmp_path / "model.pt", "gcnet"), change)
+    message = run_inside(evaluate, "model.pt", "--data-root", folder, "--workers", 0, fails=True)
+    assert message.startswith("the model's scores are not numbers")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("iteration", "1"),
+        ("iteration", -1),
+        ("iteration", 1.5),
+        ("best_miou", "x"),
+        ("optimizer", None),
+        ("optimizer", {}),
+    ],
+)
+def test_a_state_that_no_run_has(name, value, folder, tmp_path, run_inside):
+    run_inside(train, *train_arguments(folder, "run", 1, workers=0)[1:])
+    edited(tmp_path / "run/last.pt", lambda saved: saved.update({name: value}))
+    message = run_inside(train, "--resume", "--out", "run", fails=True)
+    assert message.startswith("run/last.pt: ") and "--init takes its weights alone" in message
+
+
+@pytest.mark.parametrize(
+    "name, value", [("PALETTE", 300), ("PALETTE", [1, 2, 3]), ("CLASSES", (1, 2)), ("stride", "(0, 0)")]
+)
+def test_a_published_file_with_a_crafted_config(name, value, tmp_path):
+    file = published(classes=2, test=f"mode='slide', crop_size=(8, 8), stride={value}" if name == "stride" else "")
+    file["meta"][name] = value
+    torch.save(file, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="a.pth: its "):
+        load_model(tmp_path / "a.pth")
+
+
 def test_integer_weights_are_refused(tmp_path):
     def change(saved):
         saved["model"]["decode_head.conv_seg.bias"] = torch.zeros(3, dtype=torch.int64)
@@ -260,6 +308,9 @@ def test_integer_weights_are_refused(tmp_path):
         ("model", ["gcnet"]),
         ("model", "unet"),
         ("depth", True),
+        ("gc_backbone", 4.0),
+        ("stride", [33, 16]),
+        ("scale", [2**70, 2]),
         ("depth", [18]),
         ("align_corners", "no"),
         ("dataset", 3),

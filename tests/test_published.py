@@ -1,7 +1,12 @@
 """Files of the published form: settings read from them, fetched over HTTP, fine-tuned, refused in one line."""
 
+import hashlib
 import http.server
+import os
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -77,7 +82,7 @@ def test_download_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Range, "content", (tmp_path / "file").read_bytes())
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Range)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/gcnet-01234567.pth"
+    url = f"http://127.0.0.1:{server.server_port}/gcnet-{hashlib.sha256(Range.content).hexdigest()[:8]}.pth"
     try:
         with pytest.raises(InputError, match="ended early"):
             zoo.locate(url)
@@ -87,10 +92,38 @@ def test_download_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
         server.server_close()
     assert path.read_bytes() == Range.content
     assert Range.served == [0, len(Range.content) // 2]
-    assert "warning" in capsys.readouterr().err  # the hash in the name is another
+    assert "warning" not in capsys.readouterr().err
     assert zoo.locate(url) == path  # from the cache: the server is gone
     with pytest.raises(InputError, match="cannot be fetched.*put the file here"):
         zoo.locate(url.replace("gcnet", "other"))
+
+
+def test_a_file_that_its_name_does_not_fit_is_fetched_once_more(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    good = b"the file"
+    name = f"gcnet-{hashlib.sha256(good).hexdigest()[:8]}.pth"
+    contents = [b"an error page", good, b"wrong", b"wrong again"]
+    monkeypatch.setattr(zoo, "fetch", lambda url, file: file.write(contents.pop(0)))
+    assert zoo.locate(f"https://x/{name}").read_bytes() == good and "warning" not in capsys.readouterr().err
+    zoo.locate(f"https://x/{name}").write_bytes(b"damaged since")
+    assert zoo.locate(f"https://x/{name}").read_bytes() == b"wrong" and contents == [b"wrong again"]
+    assert f"{name}: its SHA-256 begins with" in capsys.readouterr().err
+
+
+def fetch_slowly(url, file):
+    for _ in range(20):
+        file.write(b"x" * 1000)
+        file.flush()
+        time.sleep(0.02)
+
+
+def test_two_processes_that_fetch_one_file(tmp_path):
+    code = "from support import zoo; from test_published import fetch_slowly; zoo.fetch = fetch_slowly"
+    code += "; assert len(zoo.download('https://x/a.pth').read_bytes()) == 20000"
+    environment = os.environ | {"TORCH_HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert [path.name for path in (tmp_path / "hub/checkpoints").iterdir() if path.stat().st_size] == ["a.pth"]
 
 
 def test_commands_take_published_files(run_inside, tmp_path):

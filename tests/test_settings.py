@@ -18,14 +18,15 @@ from support.settings import PRESETS, Settings
 def parse(tmp_path, monkeypatch):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--out", str(tmp_path / "run")])
-        return settings.parse("About it.")
+        given, out, resume = settings.parse("About it.")
+        return settings.agree(given, out, resume)[0], out
 
     return run
 
 
 def begin(out, given):
     """A run's folder as its first step finds it."""
-    with Run(out, given, 0, writes=True):
+    with Run(out, given, 0):
         pass
 
 
@@ -34,7 +35,7 @@ def test_help_shows_the_true_defaults(given, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where no run stands in the default folder
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
-    parsed, _, _ = settings.parse("")
+    parsed, _, _ = settings.agree(*settings.parse(""))
     monkeypatch.setattr(sys, "argv", ["train.py", *given, "--help"])
     with pytest.raises(SystemExit):
         settings.parse("")
@@ -59,10 +60,10 @@ def test_presets_are_the_published_recipes():
 
 
 def test_a_resumed_run_keeps_its_settings(parse):
-    config, out, _ = parse("--dataset", "cityscapes769", "--crop-size", "600", "500", "--seed", "3")
+    config, out = parse("--dataset", "cityscapes769", "--crop-size", "600", "500", "--seed", "3")
     assert config.stride == [513, 500] and config.align_corners and config.scale == [2049, 1025]
     begin(out, config)
-    assert parse("--resume") == (config, out, True)
+    assert parse("--resume") == (config, out)
     assert parse("--resume", "--workers", "7", "--cache", "/c")[0] == dataclasses.replace(config, workers=7, cache="/c")
     for words in ("--iters 5", "--seed 4", "--depth 101", "--amp bf16", "--crop-size 8 8", "--init x", "--compile"):
         with pytest.raises(InputError, match=rf"^{words.split()[0]} .*: the run in {out} has "):
@@ -71,7 +72,7 @@ def test_a_resumed_run_keeps_its_settings(parse):
 
 def test_a_run_begun_by_an_earlier_version_has_all_settings(parse):
     """What config.json held before a setting was added that is off unless given."""
-    config, out, _ = parse("--seed", "3")
+    config, out = parse("--seed", "3")
     begin(out, config)
     path = out / "config.json"
     saved = json.loads(path.read_text())
@@ -99,7 +100,7 @@ def test_a_run_begun_by_an_earlier_version_has_all_settings(parse):
     ],
 )
 def test_an_edited_config_is_checked(name, value, words, parse):
-    config, out, _ = parse()
+    config, out = parse()
     begin(out, config)
     saved = json.loads((out / "config.json").read_text()) | {name: value}
     if value is dataclasses.MISSING:
@@ -133,7 +134,7 @@ def test_the_batch_is_compared_with_the_published_recipe(parse, monkeypatch):
         (("--dataset", "ade20k", "--batch-size", "8"), None),
         (("--dataset", "folder"), None),
     ):
-        config, _, _ = parse(*words)
+        config, _ = parse(*words)
         config.effective_batch = 2 * config.batch_size
         first, *others = settings.describe_batch(config, torch.device("cpu")).splitlines()
         assert first == f"2 x {config.batch_size} x 1 = {2 * config.batch_size} images per step; BatchNorm, cpu"

@@ -26,8 +26,16 @@ ROWS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")  # of the table, the ba
 HEAD = "| model | mIoU | lowest, highest | parameters (M) | multiply-adds (G) | images/s |\n|---|--:|--:|--:|--:|--:|"
 
 
-def result(out, iters):
-    """The mIoU of the run in a folder after `iters` steps, None if it has not come so far."""
+def result(out, model, seed, iters):
+    """The mIoU of the run in a folder after `iters` steps, None if it has not come so far. Raises InputError if it is
+    another run."""
+    if not (out / "config.json").exists():
+        return None
+    config = read_config(out)
+    expected = {"dataset": "context", "model": model, "seed": seed, "iters": iters, "lr": PRESETS["context"].lr}
+    for name, value in expected.items():
+        if config.get(name) != value:
+            raise InputError(f"{out}: holds a run with {name} {config.get(name)}, not {value}; name another --out")
     lines = read_log(out)
     return next((line["mIoU"] for line in lines if line["iteration"] == iters and "mIoU" in line), None)
 
@@ -44,13 +52,13 @@ def train(out, model, seed, iters):
         process.terminate()  # as Ctrl-C, which it has received too, this has it save
         process.wait()
         raise
-    if process.returncode or result(out, iters) is None:
+    if process.returncode or result(out, model, seed, iters) is None:
         raise InputError(f"{out}: its training has stopped; to go on, repeat the command")
 
 
 def row(model, runs, iters):
     """A model's line of the table, from the folders of its runs."""
-    results = [result(out, iters) for out in runs]
+    results = [result(out, model, seed, iters) for seed, out in enumerate(runs)]
     lines = [line for out in runs for line in read_log(out) if "loss" in line]
     speed = statistics.median(line["images_per_second"] for line in lines)
     config = read_config(runs[0])
@@ -75,7 +83,7 @@ def main():
     runs = {model: [Path(args.out, f"{model}-{seed}") for seed in range(args.seeds)] for model in args.model}
     for seed in range(args.seeds):
         for model in args.model:
-            if result(runs[model][seed], args.iters) is None:
+            if result(runs[model][seed], model, seed, args.iters) is None:
                 train(runs[model][seed], model, seed, args.iters)
     print(HEAD, *(row(model, runs[model], args.iters) for model in args.model), sep="\n")
 

@@ -34,10 +34,11 @@ from evaluate import data_of, predict
 from nonlocal_net import NonLocalBlock
 from support import zoo
 from support.checkpoint import load_model
-from support.command import InputError, Parser, run_command, split_name, start_process, whole_number
+from support.command import InputError, Parser, run_command, split_name, whole_number
 from support.images import read_image
 from support.layouts import find_images
 from support.pictures import INK, MARK, PAPER, refuse_to_replace, save_png
+from support.processes import start_process
 from support.run import newest_checkpoint
 from support.settings import PRESETS
 

@@ -225,8 +225,8 @@ def grow(args):
         raise InputError("the picture needs matplotlib: pip install matplotlib") from None
     if Path(args.out).suffix not in (".svg", ".png", ".pdf"):
         raise InputError(f"--out {args.out}: name a picture that ends in .svg, .png or .pdf")
-    if Path(args.out).exists():
-        raise InputError(f"--out {args.out}: is there already; name another picture")
+    if Path(args.out).exists() or not Path(args.out).parent.is_dir():
+        raise InputError(f"--out {args.out}: name a new picture, in a folder that is there")
     blocks = {"NL": NonLocalBlock(512), "ANN (APNB)": APNB(512, 256), "GC": GCBlock(512)}
     rows = {name: [] for name in blocks}
     print(f"{'block':<12}{'positions':>10}{'ms':>10}{'MB':>10}")

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from evaluate import predict
 from support.checkpoint import load_model
-from support.command import Parser, run_command, start_process
+from support.command import Parser, run_command
 from support.fast import for_inference
 from support.images import read_image
 from support.layouts import find_images
 from support.pictures import colour, refuse_to_replace, save_png, with_legend
+from support.processes import start_process
 from support.run import newest_checkpoint
 
 

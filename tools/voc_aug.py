@@ -18,7 +18,10 @@ from support.pictures import save_png
 def convert(loadmat, path, out):
     """Writes the label map of one of SBD's .mat files as a PNG with VOC's palette. Raises InputError if it has none."""
     try:
-        label = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0].astype(np.uint8))
+        values = loadmat(path)["GTcls"][0]["Segmentation"][0]
+        if values.ndim != 2 or not ((values >= 0) & (values <= 255)).all():
+            raise ValueError(f"labels of shape {values.shape}, {values.min()} to {values.max()}")
+        label = Image.fromarray(values.astype(np.uint8))
     except Exception as error:  # whatever loadmat meets in a damaged file
         raise InputError(f"{path}: is not one of SBD's label files ({error})") from None
     label.putpalette(np.array(bit_colours(256), np.uint8).tobytes())
