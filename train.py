@@ -105,8 +105,9 @@ def main():
 
             run.step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began, loaded)
             state.iteration += 1
-            stop = sum_over_processes(torch.tensor(len(signals), device=device)) > 0
-            if stop or validation_is_due(state.iteration, settings.iters) or run.save_is_due():
+            asked = torch.tensor([len(signals), run.save_is_due()], device=device)
+            stop, save = (sum_over_processes(asked) > 0).tolist()
+            if stop or save or validation_is_due(state.iteration, settings.iters):
                 run.save("last.pt", state)
             if stop:
                 run.say(f"stopped after iteration {state.iteration} and saved; go on with --resume --out {out}")
@@ -142,9 +143,6 @@ def validation_is_due(iteration, iters):
 
 def validate(state, data, loader, settings, run):
     """The metrics() of the weights as they are, which are also logged and shown. Saves the state if it is the best."""
-    if dist.is_initialized():  # BatchNorm's statistics may differ among the processes; the leader's are saved
-        for buffer in state.model.buffers():
-            dist.broadcast(buffer, run.leader)
     config = vars(settings)
     model = for_inference(copy.deepcopy(state.model), next(state.model.parameters()).device)
     result = evaluate(model, data, loader, config, with_loss=True)

@@ -182,13 +182,15 @@ def loading(workers):
 def start_server():
     """Starts the server from which workers are forked. Signals that are sent to a whole group of processes do not end
     it, nor the workers: the main process decides what follows."""
-    from multiprocessing import forkserver  # which Windows lacks
+    from multiprocessing import forkserver, resource_tracker  # which Windows lacks
 
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"  # it clears up after a process that ends at once
     if quiet not in sys.warnoptions:
         sys.warnoptions.append(quiet)
     forkserver.set_forkserver_preload(["torch"])  # once, not in each worker
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    resource_tracker.ensure_running()  # which unblocks SIGTERM
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

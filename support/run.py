@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from support import files
@@ -113,7 +114,11 @@ class Run:
         return time.monotonic() - self.last_save > SAVE_SECONDS
 
     def save(self, name, state):
-        """Writes last.pt or best.pt. Raises InputError, and leaves the file as it is, if the training has diverged."""
+        """Writes last.pt, for which all processes call this, or best.pt. Raises InputError, and leaves the file as it
+        is, if the training has diverged."""
+        if name == "last.pt" and dist.is_initialized():
+            for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP goes on with those of rank 0
+                dist.broadcast(buffer, 0)
         weights = state.model.state_dict().values()
         largest = torch.stack([value.abs().max().double() for value in weights]).max().item()
         if not largest < LARGEST:

@@ -125,6 +125,12 @@ def start(arguments, place, **options):
     return subprocess.Popen([sys.executable, *command_line, *others], cwd=place, env=environment, **pipes, **options)
 
 
+def run_together(arguments, place, processes=2):
+    """(stdout, stderr, status) of a script that torchrun starts several times."""
+    process = start(["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *arguments], place)
+    return (*process.communicate(timeout=120), process.returncode)
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """Runs a command as its user does: run_script("train.py", "--iters", 4) in an empty folder, to its end."""

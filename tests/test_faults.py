@@ -32,10 +32,14 @@ def trained(tmp_path_factory):
 def running(place, folder):
     """A training process that is past its first steps."""
     process = start(train_arguments(folder, "run", 2000), place)
-    log = place / "run/log.jsonl"
+    wait_for_steps(process, place / "run")
+    return process
+
+
+def wait_for_steps(process, run):
+    log = run / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.05)
-    return process
 
 
 def children(parent):
@@ -61,6 +65,36 @@ def test_a_worker_that_dies(folder, tmp_path):
     assert process.returncode == 2
     message = err.strip().splitlines()[-1]
     assert message.startswith("train.py: error: a data-loading worker died") and "lower --workers" in message
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_a_signal_to_all_its_processes(number, folder, tmp_path):
+    """As torchrun, a scheduler or a terminal that closes send it."""
+    process = start(train_arguments(folder, "run", 2000), tmp_path, start_new_session=True)
+    wait_for_steps(process, tmp_path / "run")
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)  # which would wait for a process that is left over
+    assert process.returncode == 128 + number and "saved; go on with --resume" in out and "error" not in err
+    assert (tmp_path / "run/last.pt").exists()
+
+
+def test_workers_end_with_a_process_that_is_killed(folder, tmp_path):
+    process = running(tmp_path, folder)
+    assert len(data_workers(process.pid)) == 2  # one for training, one for validation
+    process.kill()
+    process.communicate(timeout=30)
+
+
+@pytest.mark.slow
+def test_validation_starts_no_process(folder, tmp_path):
+    process = start(train_arguments(folder, "run", 40, workers=2), tmp_path)
+    wait_for_steps(process, tmp_path / "run")
+    before = {*children(process.pid), *data_workers(process.pid)}
+    while process.poll() is None and len(list((tmp_path / "run/samples").glob("*.png"))) < 3:
+        time.sleep(0.05)
+    assert {*children(process.pid), *data_workers(process.pid)} == before and len(before) == 6
+    process.kill()
+    process.communicate(timeout=30)
 
 
 @pytest.mark.slow
