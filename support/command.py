@@ -133,7 +133,7 @@ def explain(error):
         )
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more"
-    if dist.is_initialized() and re.search("(timed out|timeout) (waiting|after)", message, re.I):
+    if isinstance(error, RuntimeError) and re.search("(timed out|timeout) (waiting|after)", message, re.I):
         return f"waited too long for another process ({message.splitlines()[0]})"
     if "DataLoader worker (pid" in message or isinstance(error, (EOFError, ConnectionError)):
         return f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"

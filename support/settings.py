@@ -181,7 +181,8 @@ def agree(given, out, resume):
     farthest. The others need no such folder. Raises InputError if the run may not begin or continue like this.
     """
     resume = resume or any(gather(has_begun()))
-    reached = gather(reached_by(out) if resume else (-1, None))
+    alone = rank_and_world()[1] == 1
+    reached = gather((-1, None) if alone or not resume else reached_by(out))
     if len({run for _, run in reached if run}) > 1:
         raise InputError(f"{out}: the machines hold different runs there; keep one, or name another folder with --out")
     leader = reached.index(max(reached, key=lambda state: state[0]))
