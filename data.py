@@ -32,7 +32,7 @@ def open_data(name, root, split, cache=None):
     data.name, data.split, data.cache = name, split, cache
     if not data.files:
         raise InputError(f"{root or name}: there are no images in the split {split!r}")
-    check_same(f"the images of the split {split!r}", [path.name for path, _ in data.files])
+    check_same(f"the split {split!r}", [list(data.classes), [path.name for path, _ in data.files]])
     return data
 
 

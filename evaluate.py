@@ -72,7 +72,7 @@ def window_starts(side, window, stride):
 
 
 def inference(model, images, crop_size=None, stride=None):
-    """Logits as of the two above: by sliding windows if there is a stride, else of whole images."""
+    """Logits of whole_inference or slide_inference: of sliding windows if there is a stride, else of whole images."""
     return slide_inference(model, images, crop_size, stride) if stride else whole_inference(model, images)
 
 

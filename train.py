@@ -46,14 +46,14 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None):
     (N, H, W), then SGD at the learning rate lr. In mixed precision if amp is a dtype; weight (K,) is the loss's.
 
     Returns the loss and the weighted auxiliary loss, means over all processes. If one is not finite, the weights stay
-    as they are. They also do if a gradient overflows in float16: scaler.get_scale() then falls.
+    as they are. So they do if a gradient overflows in float16; scaler.get_scale() then falls.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     losses = 0
-    for batch, (images, labels) in enumerate(batches, 1):
-        model.require_backward_grad_sync = batch == len(batches)  # DDP's no_sync: one exchange of gradients per step
+    for number, (images, labels) in enumerate(batches, 1):
+        model.require_backward_grad_sync = number == len(batches)  # DDP's no_sync: one exchange of gradients per step
         with torch.autocast(images.device.type, amp, enabled=amp is not None):
             logits, aux_logits = model(images)
         loss = segmentation_loss(logits, labels, weight) / len(batches)
@@ -80,6 +80,7 @@ def main():
     complete(settings, out, train_data, val_data)
     weight = class_weights(settings.class_weights, train_data, device, settings.workers)
     state = initial_state(settings, device, out, saved, leader)
+    del saved  # as large as the state
     model = nn.parallel.DistributedDataParallel(state.model) if world > 1 else state.model
     model = torch.compile(model) if settings.compile else model
     signals = collect_signals()
@@ -106,8 +107,8 @@ def main():
             run.step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began, loaded)
             state.iteration += 1
             asked = torch.tensor([len(signals), run.save_is_due()], device=device)
-            stop, save = (sum_over_processes(asked) > 0).tolist()
-            if stop or save or validation_is_due(state.iteration, settings.iters):
+            stop, save_is_due = (sum_over_processes(asked) > 0).tolist()
+            if stop or save_is_due or validation_is_due(state.iteration, settings.iters):
                 run.save("last.pt", state)
             if stop:
                 run.say(f"stopped after iteration {state.iteration} and saved; go on with --resume --out {out}")

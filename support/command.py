@@ -68,17 +68,19 @@ def positive(text):
 
 
 def collect_signals():
-    """A list to which SIGINT, SIGTERM and SIGHUP are added from now on, instead of ending the process; a second one
-    ends it. SIGHUP stays ignored under nohup."""
+    """A list to which SIGINT, SIGTERM and SIGHUP are added from now on, instead of ending the process; a second Ctrl-C
+    ends it. (A second SIGTERM does not: a scheduler and torchrun may send one each.) SIGHUP stays ignored under nohup.
+    """
     received = []
 
     def add(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, add)
     return received
 

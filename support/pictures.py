@@ -35,8 +35,13 @@ def refuse_to_replace(paths):
 
 
 def save_png(picture, path):
-    """Writes a picture of Pillow, with the mark. Raises InputError if it cannot, or if the file is not its own."""
+    """Writes a picture of Pillow. Raises InputError if it cannot, or would replace a file that was not written here."""
     refuse_to_replace([path])
+    write_png(picture, path)
+
+
+def write_png(picture, path):
+    """Writes a picture of Pillow, with the mark, in the place of whatever is there. Raises InputError if it cannot."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", MARK)
@@ -99,7 +104,7 @@ def curves(lines, path):
         axes.set_xlabel("iteration")
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Software": MARK})
 
 
 class LabelMaps:

@@ -1,4 +1,4 @@
-"""Several processes that work as one: how they meet, which of them decides, what they share, and who loads their data.
+"""Several processes that work as one: how they meet and exchange values; and the workers that load their data.
 
 torchrun starts them, on one machine or on several, which need no common disk.
 """
@@ -20,8 +20,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from support.command import InputError
 
-WAIT = timedelta(minutes=20)  # for another process, or for a data-loading worker: then it is taken for lost
-BEGUN = "begun"  # in torchrun's store, which outlives the processes: this launch has a run
+WAIT = timedelta(minutes=20)  # for another process, which is then taken for lost
+WORKER_WAIT = timedelta(minutes=10)  # for a data-loading worker: less, so that its own process is the one to say so
+BEGUN = "begun"  # a key in torchrun's store, set once this launch has started a run; it survives restarts
 
 
 # ---------------------------------------------------------------------------------------------------------- to meet
@@ -34,12 +35,15 @@ def start_process():
     rank, world, local_rank = launched()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise InputError(f"there are {torch.cuda.device_count()} GPUs for more processes; lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
         # Tensors on the CPU go through gloo on a machine with GPUs, too.
         backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backends, store=meet(rank, world), rank=rank, world_size=world, timeout=WAIT)
+        check_same("the kind of device", device.type)
     return device
 
 
@@ -95,14 +99,14 @@ def describe(wait):
 
 
 def mark_begun():
-    """Notes that this launch has a run, with which processes that torchrun starts again go on."""
+    """Notes that this launch has begun a run, which processes that torchrun restarts then continue."""
     store = launch_store()
     if store:
         store.set(BEGUN, "yes")
 
 
 def has_begun():
-    """Whether this process continues a run of the same launch."""
+    """Whether an earlier start of this launch began a run."""
     store = launch_store()
     return store is not None and store.check([BEGUN])
 
@@ -122,7 +126,7 @@ def rank_and_world():
 
 
 def sum_over_processes(tensor):
-    """The tensor, after it has been replaced by its sum over all processes."""
+    """Sums a tensor over all processes, in place, and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -138,14 +142,14 @@ def gather(value):
 
 
 def share(make, leader=0):
-    """make() of the process `leader`, in all processes. If it raises InputError there, all raise it."""
+    """make() of the process `leader`, in all processes. If it raises InputError or OSError there, all raise it."""
     if not dist.is_initialized():
         return make()
     sent = [None, None]
     if dist.get_rank() == leader:
         try:
             sent[0] = make()
-        except InputError as error:
+        except (InputError, OSError) as error:
             sent[1] = error
     dist.broadcast_object_list(sent, leader)
     if sent[1]:
@@ -158,14 +162,14 @@ def check_same(what, value):
     hashes = gather(hashlib.sha256(json.dumps(value).encode()).hexdigest())
     for rank, other in enumerate(hashes):
         if other != hashes[0]:
-            raise InputError(f"{what}: not the same for process {rank} as for process 0; copy them from one machine")
+            raise InputError(f"{what}: not the same for process {rank} as for process 0")
 
 
 # ------------------------------------------------------------------------------------------------ data-loading workers
 
 
 def loading(workers):
-    """The arguments with which a DataLoader has so many workers, which live as long as it does.
+    """DataLoader arguments for this many workers, which live as long as the loader.
 
     They are forked from a server process, not from this one: a fork of a process with threads may wait for ever for a
     lock that a thread held. Where there is no such server (Windows), each one is a new process.
@@ -184,7 +188,7 @@ def start_server():
     it, nor the workers: the main process decides what follows."""
     from multiprocessing import forkserver, resource_tracker  # which Windows lacks
 
-    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"  # it clears up after a process that ends at once
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"  # after a kill it cleans up, and would warn
     if quiet not in sys.warnoptions:
         sys.warnoptions.append(quiet)
     forkserver.set_forkserver_preload(["torch"])  # once, not in each worker
@@ -196,14 +200,15 @@ def start_server():
 
 
 def patient(loader):
-    """Yields what a DataLoader gives. Raises InputError if it gives nothing for WAIT. (With a timeout of its own, it
-    would see as late as that when a worker has died.)"""
-    iterator = iter(loader)
+    """Yields what a DataLoader gives. Raises InputError if it gives nothing for WORKER_WAIT. (DataLoader's own timeout
+    would delay the report of a dead worker by as much.)"""
+    iterator = None
     while True:
         if hasattr(signal, "setitimer"):  # not on Windows
             signal.signal(signal.SIGALRM, give_up)
-            signal.setitimer(signal.ITIMER_REAL, WAIT.total_seconds())
+            signal.setitimer(signal.ITIMER_REAL, WORKER_WAIT.total_seconds())
         try:
+            iterator = iter(loader) if iterator is None else iterator
             item = next(iterator)
         except StopIteration:
             return
@@ -214,7 +219,7 @@ def patient(loader):
 
 
 def give_up(number, frame):
-    raise InputError(f"waited {describe(WAIT)} for a data-loading worker; see whether the disk of the data answers")
+    raise InputError(f"waited {describe(WORKER_WAIT)} for a data-loading worker; does the disk of the data answer?")
 
 
 def follow_parent(worker):

@@ -16,7 +16,7 @@ from support import files
 from support.checkpoint import save
 from support.command import InputError
 from support.files import replace
-from support.pictures import compare, curves
+from support.pictures import compare, curves, write_png
 from support.processes import gather, mark_begun, rank_and_world
 
 SAVE_SECONDS = 300  # between two savings of last.pt
@@ -25,8 +25,7 @@ LARGEST = 1e12  # of weights and of BatchNorm's statistics: beyond, the next ste
 
 
 class Run:
-    """A run's folder while it trains, and the progress bar. One process writes; in the others say, log and save do
-    nothing.
+    """A run's folder while it trains, and the progress bar. One process writes.
 
     config.json        the settings
     log.jsonl          a line for each validation, and for at least each thousandth of the steps
@@ -47,7 +46,7 @@ class Run:
         self.board = None
         if writes:
             (out / "samples").mkdir(parents=True, exist_ok=True)
-            for name in FILES:
+            for name in (*FILES, "samples/*.png"):
                 for partial in out.glob(f"{name}.*.partial"):  # of a process that was killed while it wrote
                     partial.unlink()
             replace(out / "config.json", lambda file: file.write(json.dumps(vars(settings), indent=1).encode() + b"\n"))
@@ -86,7 +85,7 @@ class Run:
         """Shows a step, and logs it if its turn has come. Raises InputError, which names the files of the batches, if
         its loss is not finite."""
         if not math.isfinite(loss + aux_loss):
-            names = ", ".join(file for batch in batches for file in batch["file"])
+            names = ", ".join(sum(gather([file for batch in batches for file in batch["file"]]), []))
             what = f"the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {names}"
             raise InputError(f"iteration {iteration}: {what}")
         self.skipped += skipped
@@ -102,7 +101,7 @@ class Run:
     def show(self, iteration, rows):
         """Writes the picture of a validation, whose rows are (image, label, prediction), and the curves so far."""
         picture = compare(rows, self.settings.classes, self.settings.palette)
-        replace(self.picture_path(iteration), lambda file: picture.save(file, "PNG"), sync=False)
+        write_png(picture, self.picture_path(iteration))
         curves(read_log(self.out), self.out / "curves.png")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), iteration, dataformats="HWC")
@@ -114,8 +113,8 @@ class Run:
         return time.monotonic() - self.last_save > SAVE_SECONDS
 
     def save(self, name, state):
-        """Writes last.pt, for which all processes call this, or best.pt. Raises InputError, and leaves the file as it
-        is, if the training has diverged."""
+        """Writes last.pt, for which all processes call this, or best.pt, for which the writer does. Raises InputError,
+        and leaves the file as it is, if the training has diverged."""
         if name == "last.pt" and dist.is_initialized():
             for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP goes on with those of rank 0
                 dist.broadcast(buffer, 0)

@@ -17,8 +17,9 @@ from resnet_d8 import ResNetD8
 from support import layouts, run, scenes
 from support.checkpoint import CONFIG, MODELS, load
 from support.command import InputError, Parser, positive, whole_number
-from support.processes import gather, has_begun, rank_and_world, share
+from support.processes import check_same, gather, has_begun, rank_and_world, share
 
+LOCAL = ("data_root", "cache", "workers")  # each machine may have its own
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: the type of mixed precision
 
 
@@ -174,8 +175,8 @@ def flag(each):
 
 
 def agree(given, out, resume):
-    """(settings, saved, leader) of a run, from what `parse` returns; what is not given is the preset's, or the resumed
-    run's. saved is the run's checkpoint, None if it has none.
+    """(settings, saved, leader) of a run, from what `parse` returns. Settings that are not given come from the preset
+    or the resumed run. saved is the run's checkpoint, None if it has none.
 
     One process decides for all, and writes to the folder `out` from then on: `leader`, in whose folder the run has come
     farthest. The others need no such folder. Raises InputError if the run may not begin or continue like this.
@@ -187,7 +188,8 @@ def agree(given, out, resume):
         raise InputError(f"{out}: the machines hold different runs there; keep one, or name another folder with --out")
     leader = reached.index(max(reached, key=lambda state: state[0]))
     settings, saved = share(lambda: decide(given, out, resume), leader)
-    own = {each.name: given[each.name] for each in fields(Settings) if each.name in given and each.metadata["free"]}
+    own = {name: given[name] for name in LOCAL if name in given}
+    check_same("the command line", sorted((name, value) for name, value in given.items() if name not in LOCAL))
     return replace(settings, **own), saved, leader
 
 
@@ -273,7 +275,8 @@ def refuse_changes(given, saved, out):
 
 
 def complete(settings, out, train_data, val_data):
-    """Adds what follows from the data and the processes. Raises InputError if it does not fit the resumed run."""
+    """Fills in the settings' accumulate, effective_batch, classes and palette, which follow from the data and the
+    number of processes. Raises InputError if they do not fit the resumed run."""
     at_once = settings.batch_size * rank_and_world()[1]
     wanted = settings.effective_batch or at_once * settings.accumulate
     if wanted % at_once:

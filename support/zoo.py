@@ -67,12 +67,13 @@ def download(url):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "ab") as file:
             lock(file, wait=True)
-            if not path.exists():
-                fetch(url, file)
-                os.replace(partial, path)
+            if path.exists():
+                return path
+            if not (partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
+                return download(url)  # what was waited for has come, and is gone again
+            fetch(url, file)
+            os.replace(partial, path)
     except (OSError, HTTPException, ValueError) as error:
-        if getattr(error, "code", None) == 416:  # no such range: what is here is not a beginning of the file
-            partial.unlink(missing_ok=True)
         raise InputError(f"{url}: cannot be fetched ({error}); or put the file here: {path}") from None
     return path
 
@@ -81,7 +82,13 @@ def fetch(url, file):
     """Adds to an open file what it still lacks of a URL's content."""
     done = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    with urllib.request.urlopen(request, timeout=30) as response:
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # no such range: what is here is not a beginning of the file
+            file.truncate(0)
+        raise
+    with response:
         if response.status != 206:  # the server sends the whole file again
             done = 0
             file.truncate(0)

@@ -78,6 +78,7 @@ def test_a_signal_to_all_its_processes(number, folder, tmp_path):
     assert (tmp_path / "run/last.pt").exists()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed(folder, tmp_path):
     process = running(tmp_path, folder)
     assert len(data_workers(process.pid)) == 2  # one for training, one for validation
@@ -210,7 +211,9 @@ def test_a_damaged_log_does_not_stop_a_run(own):
             "lower --batch-size or --crop-size",
             marks=pytest.mark.slow,
         ),
-        ("ValueError('a mistake of ours')", 1, "a mistake of ours"),  # its traceback is wanted, but no waiting
+        pytest.param(  # its traceback is wanted, but no waiting
+            "ValueError('a mistake of ours')", 1, "a mistake of ours", marks=pytest.mark.slow
+        ),
     ],
     ids=["memory", "ours"],
 )

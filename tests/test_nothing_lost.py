@@ -82,6 +82,28 @@ def test_resume_beside_the_living_run(folder, tmp_path):
     assert iterations == sorted(set(iterations))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["before best.pt", "after best.pt"])
+def test_killed_between_the_two_writes(before, folder, tmp_path, run_inside, monkeypatch):
+    """last.pt is written, then the validation, then best.pt: a run that ends in between continues to the same two."""
+
+    def save(self, name, state, save=Run.save):
+        if name == "best.pt" and before:
+            raise SystemExit
+        save(self, name, state)
+        if name == "best.pt":
+            raise SystemExit
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(Run, "save", save)
+        run_inside(train, *train_arguments(folder, "run", 3, workers=0)[1:])
+    run_inside(train, "--resume", "--out", "run", "--workers", 0)
+    last, best = (torch.load(tmp_path / f"run/{name}.pt", weights_only=True) for name in ("last", "best"))
+    scores = {line["iteration"]: line["mIoU"] for line in read_log(tmp_path / "run") if "mIoU" in line}
+    assert list(scores) == [1, 2, 3] and best["best_miou"] == max(scores.values()) == scores[best["iteration"]]
+    assert last["iteration"] == 3 and last["best_miou"] == max(scores[1], scores[2])
+
+
 def test_a_run_that_another_process_finished_meanwhile(folder, tmp_path, run_inside, monkeypatch):
     """The folder is looked at once it is this process's own."""
 

@@ -88,8 +88,9 @@ class Stuck(torch.utils.data.Dataset):
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_worker_that_gives_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(processes, "WAIT", datetime.timedelta(seconds=3))
+    monkeypatch.setattr(processes, "WORKER_WAIT", datetime.timedelta(seconds=3))
     loader = torch.utils.data.DataLoader(Stuck(), **processes.loading(1))
     with pytest.raises(InputError, match="waited 0.05 minutes for a data-loading worker"):
         list(processes.patient(loader))

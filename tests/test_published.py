@@ -117,6 +117,7 @@ def fetch_slowly(url, file):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_that_fetch_one_file(tmp_path):
     code = "from support import zoo; from test_published import fetch_slowly; zoo.fetch = fetch_slowly"
     code += "; assert len(zoo.download('https://x/a.pth').read_bytes()) == 20000"
