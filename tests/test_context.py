@@ -64,4 +64,4 @@ def test_the_ablation_is_one_command(run_inside, tmp_path):
     state = torch.load(tmp_path / "runs/ablation/ann-0/best.pt", weights_only=True)
     assert span == f"{miou}, {miou}" and 0 < float(miou) <= 100 * state["best_miou"] + 0.05 and float(speed) > 0
     assert run_inside(ablation, *command, 1).splitlines() == table  # what is finished is not run again
-    assert "runs/ablation/ann-0: its training has stopped" in run_inside(ablation, *command, 2, fails=True)
+    assert "runs/ablation/ann-0: holds a run with iters 1, not 2" in run_inside(ablation, *command, 2, fails=True)
