@@ -17,7 +17,7 @@ def launch(place, name, arguments, port, nodes="2", restarts=3):
     """An agent that works in the folder `name`, with its own cache of downloads."""
     (place / name).mkdir(exist_ok=True)
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run"]
-    rendezvous.append("--rdzv-conf=join_timeout=60,last_call_timeout=5")  # how long agents wait for others
+    rendezvous.append("--rdzv-conf=join_timeout=40,last_call_timeout=5")  # how long agents wait for others
     options = [f"--nnodes={nodes}", "--nproc_per_node=1", f"--max-restarts={restarts}", *rendezvous]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(place / name / "home")}
     environment["OMP_NUM_THREADS"] = "1"
