@@ -37,7 +37,7 @@ def replace(path, write, sync=True):
         raise InputError(f"{path}: cannot be written to ({error}){kept}") from None
 
 
-def lock(file, wait):
+def lock_file(file, wait):
     """Takes the lock of an open file, until it is closed or this process ends; if another one has it, waits for it or
     returns False."""
     try:

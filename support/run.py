@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support import files
 from support.checkpoint import save
 from support.command import InputError
-from support.files import replace
+from support.files import lock_file, replace
 from support.pictures import compare, curves, write_png
 from support.processes import gather, mark_begun, rank_and_world
 
@@ -32,6 +31,7 @@ class Run:
     samples/*.png      a picture for each validation
     last.pt, best.pt   the state to continue from; the state of the best mIoU
     curves.png         if matplotlib is installed; TensorBoard's events, if tensorboard is
+    .lock              locked while a process trains here
 
     Its methods raise InputError or OSError if the folder cannot be written to.
     """
@@ -39,7 +39,7 @@ class Run:
     def __init__(self, out, settings, start, leader=0):
         """Makes the folder, or prepares it to continue at the iteration `start`: later lines leave the log. The process
         `leader` does, and writes to it."""
-        self.out, self.settings, self.leader = out, settings, leader
+        self.out, self.settings = out, settings
         self.writes = writes = rank_and_world()[0] == leader
         self.last_save = time.monotonic()
         self.skipped = 0
@@ -135,7 +135,7 @@ def lock(out):
     process has it."""
     out.mkdir(parents=True, exist_ok=True)
     file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would give up the lock
-    if not files.lock(file, wait=False):
+    if not lock_file(file, wait=False):
         raise InputError(f"{out}: another process is training there; wait for it, or name another --out")
 
 
@@ -162,7 +162,7 @@ def read_config(folder):
     try:
         return dict(json.loads((folder / "config.json").read_text()))
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder}: holds no run to go on with; --out names the folder of one") from None
+        raise InputError(f"{folder}: holds no config.json to go on with; --out names the folder of a run") from None
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: is damaged ({error})") from None
 

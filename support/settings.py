@@ -163,7 +163,7 @@ def option_parser(description, given, **options):
         parsing = {"action": "store_true"} if each.type is bool else each.metadata["parsing"]
         parser.add_argument(flag(each), help=text, **parsing)
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out; it keeps its settings")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     return parser
 
 
@@ -171,7 +171,7 @@ def flag(each):
     return "--" + each.name.replace("_", "-")
 
 
-# --------------------------------------------------------------------------------------------------- of a run, for all
+# ------------------------------------------------------------------------------------ one decision for all processes
 
 
 def agree(given, out, resume):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from support.classes import bit_colours
 from support.command import InputError
-from support.files import lock
+from support.files import lock_file
 
 BACKBONES_URL = "https://download.openmmlab.com/pretrain/third_party"
 BACKBONES = {50: f"{BACKBONES_URL}/resnet50_v1c-2cccc1ad.pth", 101: f"{BACKBONES_URL}/resnet101_v1c-e67eebb6.pth"}
@@ -66,7 +66,7 @@ def download(url):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "ab") as file:
-            lock(file, wait=True)
+            lock_file(file, wait=True)
             if path.exists():
                 return path
             if not (partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
