@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from support.command import InputError
 
 WAIT = timedelta(minutes=20)  # for another process, which is then taken for lost
+CONNECT = timedelta(minutes=1)  # for torchrun's store, which is there before this process, or its machine is lost
 WORKER_WAIT = timedelta(minutes=10)  # for a data-loading worker: less, so that its own process is the one to say so
 BEGUN = "begun"  # a key in torchrun's store, set once this launch has started a run; it survives restarts
 
@@ -64,7 +65,10 @@ def launch_store():
     """torchrun's own store, which lives as long as torchrun does; None if this process has none."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=WAIT)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False, timeout=CONNECT)
+    store.set_timeout(WAIT)
+    return store
 
 
 def meet(rank, world):
