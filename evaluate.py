@@ -24,6 +24,7 @@ from support.images import VOID
 from support.pictures import LabelMaps
 from support.processes import loading, patient, rank_and_world, start_process, sum_over_processes
 from support.resize import resize
+from support.results import ResultFile
 from support.run import newest_checkpoint
 from support.settings import AMP, PRESETS
 
@@ -49,20 +50,34 @@ def slide_inference(model, images, crop_size, stride):
     Windows of crop_size lie on the grid of stride, both (height, width); the last ones are shifted back inside. An
     image smaller than the window is taken as it is.
     """
+    logits = images.new_empty(len(images), model.num_classes, *images.shape[2:])
+    for rows, part in slide_by_rows(model, images, crop_size, stride):
+        logits[:, :, rows] = part
+    return logits
+
+
+def slide_by_rows(model, images, crop_size, stride):
+    """slide_inference from the top down: yields (rows, logits (N, K, rows, W)) once all windows that cover these rows
+    are done, so that memory is held for one row of windows alone. Also takes uint8 images, on any device."""
+    device = next(model.parameters()).device
     (height, width), (h, w) = images.shape[2:], crop_size
     tops, lefts = window_starts(height, h, stride[0]), window_starts(width, w, stride[1])
-    windows = [(slice(top, top + h), slice(left, left + w)) for top in tops for left in lefts]
     at_once = max(BATCH_PIXELS // (len(images) * h * w), 1)
-    total = images.new_zeros(len(images), model.num_classes, height, width)
-    count = images.new_zeros(height, width)
-    for first in range(0, len(windows), at_once):
-        chunk = windows[first : first + at_once]
-        crops = torch.cat([images[:, :, y, x] for y, x in chunk])                           # (N * windows, 3, h, w)
-        logits = resized(model(crops), crops.shape[2:], model.align_corners)                # (N * windows, K, h, w)
-        for (y, x), window_logits in zip(chunk, logits.split(len(images)), strict=True):
-            total[:, :, y, x] += window_logits
-            count[y, x] += 1
-    return total.div_(count)
+    total = torch.zeros(len(images), model.num_classes, min(h, height), width, device=device)
+    count = torch.zeros(min(h, height), width, device=device)
+    bar = tqdm(tops, "rows of windows", delay=10, leave=False, disable=rank_and_world()[0] > 0, dynamic_ncols=True)
+    for top, following in zip(bar, [*tops[1:], height], strict=True):
+        for chunk in (lefts[first : first + at_once] for first in range(0, len(lefts), at_once)):
+            crops = torch.cat([images[:, :, top : top + h, left : left + w] for left in chunk]).to(device)
+            crops = crops if crops.is_floating_point() else normalise(crops)                # (N * windows, 3, h, w)
+            logits = resized(model(crops), crops.shape[2:], model.align_corners)            # (N * windows, K, h, w)
+            for left, window_logits in zip(chunk, logits.split(len(images)), strict=True):
+                total[:, :, :, left : left + w] += window_logits
+                count[:, left : left + w] += 1
+        done = following - top
+        yield slice(top, following), total[:, :, :done] / count[:done]
+        total = F.pad(total[:, :, done:], (0, 0, 0, done))
+        count = F.pad(count[done:], (0, 0, 0, done))
 
 
 def window_starts(side, window, stride):
@@ -86,7 +101,8 @@ def multi_scale_flip(model, image, scale, ratios=RATIOS, crop_size=None, stride=
     size = tuple(image.shape[:2])
     total = torch.zeros(model.num_classes, *size, device=next(model.parameters()).device)   # (K, H, W)
     for ratio in ratios:
-        view = prepare(model, image[None], [int(side * ratio) for side in scale])           # (1, 3, h, w)
+        view = at_scale(image[None], [int(side * ratio) for side in scale]).to(total.device)
+        view = normalise(view)                                                              # (1, 3, h, w)
         views = torch.cat([view, view.flip(3)])                                             # (2, 3, h, w)
         logits = inference(model, views, crop_size, stride)                                 # (2, K, h, w) or less
         for rows, (plain, mirrored) in resized_rows(logits, [views.shape[2:], size], model.align_corners):
@@ -94,11 +110,12 @@ def multi_scale_flip(model, image, scale, ratios=RATIOS, crop_size=None, stride=
     return total.div_(2 * len(ratios))
 
 
-def prepare(model, images, scale):
-    """uint8 RGB images (N, H, W, 3) at keep-ratio (long, short), normalised (N, 3, h, w), on the model's device."""
+def at_scale(images, scale):
+    """uint8 RGB images (N, H, W, 3) at keep-ratio (long, short), as uint8 (N, 3, h, w)."""
     size = keep_ratio(images.shape[1:3], scale)
-    views = torch.stack([resize(torch.as_tensor(image), size) for image in images]).permute(0, 3, 1, 2)
-    return normalise(views.to(next(model.parameters()).device))
+    if size == tuple(images.shape[1:3]):
+        return torch.as_tensor(images).permute(0, 3, 1, 2)
+    return torch.stack([resize(torch.as_tensor(image), size) for image in images]).permute(0, 3, 1, 2)
 
 
 @torch.inference_mode()
@@ -111,8 +128,12 @@ def scores_by_rows(model, images, config, aug=False):
     if aug:
         views = (multi_scale_flip(model, image, scale, RATIOS, crop_size, stride) for image in images)
         yield slice(None), torch.stack(list(views))                                         # (N, K, H, W)
+        return
+    views = at_scale(images, scale)                                                         # uint8 (N, 3, h, w)
+    if stride and views.shape[2:] == size:
+        yield from slide_by_rows(model, views, crop_size, stride)
     else:
-        views = prepare(model, images, scale)                                               # (N, 3, h, w)
+        views = normalise(views.to(next(model.parameters()).device))                        # (N, 3, h, w)
         logits = inference(model, views, crop_size, stride)                                 # (N, K, h, w) or less
         yield from resized_rows(logits, [views.shape[2:], size], model.align_corners)
 
@@ -144,21 +165,22 @@ def confusion_matrix(prediction, label, num_classes):
 
 
 def metrics(matrix):
-    """IoU and Acc of each class (K,), their means mIoU and mAcc, and the accuracy of all pixels aAcc, in 0..1.
+    """Of a confusion matrix: IoU, Acc (recall), Precision and Fscore of each class (K,), their means over the classes
+    mIoU, mAcc, mPrecision and mFscore, the accuracy of all pixels aAcc, all in 0..1; and the matrix itself.
 
-    A class neither labelled nor predicted has IoU NaN, one never labelled accuracy NaN; the means leave NaN out.
+    A class neither labelled nor predicted has IoU and F-score NaN, one never labelled accuracy NaN, one never predicted
+    precision NaN; the means leave NaN out.
     """
-    matrix = matrix.double()
-    correct, labelled, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
-    iou = correct / (labelled + predicted - correct)
-    acc = correct / labelled
-    return {
-        "IoU": iou,
-        "Acc": acc,
-        "mIoU": iou.nanmean().item(),
-        "mAcc": acc.nanmean().item(),
-        "aAcc": (correct.sum() / matrix.sum()).item(),
+    counts = matrix.double()
+    correct, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
+    of_classes = {
+        "IoU": correct / (labelled + predicted - correct),
+        "Acc": correct / labelled,
+        "Precision": correct / predicted,
+        "Fscore": 2 * correct / (labelled + predicted),
     }
+    means = {f"m{name}": values.nanmean().item() for name, values in of_classes.items()}
+    return of_classes | means | {"aAcc": (correct.sum() / counts.sum()).item(), "matrix": matrix}
 
 
 def equal_sizes(samples, pixels):
@@ -184,7 +206,7 @@ def evaluation_loader(data, workers):
 
 
 def evaluate(model, data, loader, config, aug=False, save=None, with_loss=False):
-    """metrics() of a model in eval mode over a data set; with_loss adds the `loss`: segmentation_loss without weights.
+    """metrics() of a model in eval mode over a data set; with_loss adds `loss`, the segmentation_loss without weights.
 
     If several processes call it, each evaluates the share in its evaluation_loader; the result is that of all. save(i,
     prediction) is called with each label map; with it a split may be without labels, and the metrics are NaN. Raises
@@ -210,12 +232,11 @@ def evaluate(model, data, loader, config, aug=False, save=None, with_loss=False)
                     save(i, prediction)
                 if label is not None:
                     matrix += confusion_matrix(prediction, label, len(data.classes))
-    device = next(model.parameters()).device
-    totals = torch.cat([matrix.flatten().double(), loss]).to(device)  # counts are exact in float64 up to 2^53
-    counts, (summed, pixels) = sum_over_processes(totals).cpu().split([matrix.numel(), 2])
-    if not save and counts.sum() == 0:
+    matrix = sum_over_processes(matrix)
+    summed, pixels = sum_over_processes(loss).tolist()
+    if not save and matrix.sum() == 0:
         raise InputError(f"{data.name}: all labels of the split {data.split!r} are void")
-    return metrics(counts.reshape(matrix.shape)) | ({"loss": (summed / pixels).item()} if with_loss else {})
+    return metrics(matrix) | ({"loss": summed / pixels} if with_loss else {})
 
 
 def report(result, names):
@@ -240,6 +261,9 @@ def parse_arguments():
     maps = parser.add_mutually_exclusive_group()
     maps.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
     maps.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures, with the confusion matrix")
+    parser.add_stride()
+    parser.add_device()
     parser.add_argument("--amp", choices=AMP, default="none", help="mixed precision (default: none)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network, anew for each size of image")
     parser.add_argument("--workers", type=whole_number, default=2, help="processes that read images (default: 2)")
@@ -273,19 +297,25 @@ def check_classes(data, config, source):
 
 def main():
     args = parse_arguments()
-    device = start_process()
+    device = start_process(args.device)
     source = args.checkpoint or newest_checkpoint()
-    model, config = load_model(source)
+    model, config = load_model(source, args.stride)
     data = data_of(config, args)
     check_classes(data, config, source)
     folder = args.save or args.submit
     maps = LabelMaps(Path(folder), data, bool(args.submit)) if folder else None
+    if args.json and not data.labelled:
+        raise InputError(f"--json: the split {data.split!r} has no labels")
+    result_file = ResultFile(args.json) if args.json else None
     model = for_inference(model, device, AMP[args.amp], args.compile)
     loader = evaluation_loader(data, args.workers)
     result = evaluate(model, data, loader, config, args.aug, maps and maps.save)
     if rank_and_world()[0] == 0:
         if not math.isnan(result["aAcc"]):
             print(report(result, data.classes))
+        if result_file:
+            about = {"checkpoint": str(source), "split": data.split, "images": len(data), "aug": args.aug}
+            result_file.write(result, data.classes, about)
         if folder:
             print(f"{len(data)} label maps in {folder}/")
 

@@ -71,8 +71,8 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None):
 
 
 def main():
-    given, out, resume = parse(__doc__)
-    device = start_process()
+    given, out, resume, device_name = parse(__doc__)
+    device = start_process(device_name)
     rank, world = rank_and_world()
     settings, saved, leader = agree(given, out, resume)
     train_data = open_data(settings.dataset, settings.data_root, "train", settings.cache)
@@ -147,12 +147,10 @@ def validate(state, data, loader, settings, run):
     config = vars(settings)
     model = for_inference(copy.deepcopy(state.model), next(state.model.parameters()).device)
     result = evaluate(model, data, loader, config, with_loss=True)
+    run.note_missing_classes()
     if run.writes:
-        run.log(state.iteration, val_loss=result["loss"], **{name: result[name] for name in ("mIoU", "mAcc", "aAcc")})
         shown = range(0, len(data), -(-len(data) // 4))
-        rows = [(*data[i], predict(model, data[i][0][None], config)[0]) for i in shown]
-        run.show(state.iteration, rows)
-        run.say(f"iteration {state.iteration}: mIoU {result['mIoU']:.2%}, {run.picture_path(state.iteration)}")
+        run.show(state.iteration, result, [(*data[i], predict(model, data[i][0][None], config)[0]) for i in shown])
         if result["mIoU"] > state.best_miou:
             state.best_miou = result["mIoU"]
             run.save("best.pt", state)

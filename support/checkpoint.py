@@ -118,6 +118,17 @@ def fits(stride, window):
     return stride[0] <= window[0] and stride[1] <= window[1]
 
 
+def set_stride(config, stride):
+    """Puts --stride into a config. Raises InputError if windows so far apart would not cover an image."""
+    if stride:
+        window = config["crop_size"]
+        if not window:
+            raise InputError("--stride: the checkpoint does not say how large its crops were, which are the windows")
+        if not fits(stride, window):
+            raise InputError(f"--stride {' '.join(map(str, stride))}: leaves gaps between windows of {window}")
+        config["stride"] = stride
+
+
 def is_pair(value):
     """Whether a value of a config is a size: two whole numbers from 1."""
     return isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and 0 < v < 2**31 for v in value)
@@ -159,12 +170,14 @@ def load_weights(module, weights, source):
             raise InputError(f"{source}: {name} holds values that are not finite; use an earlier checkpoint")
 
 
-def load_model(source):
+def load_model(source, stride=None):
     """(model, config) of a checkpoint, on the CPU; source is that of `load`. Of several processes, the one with the
-    newest file of that name reads it for all."""
+    newest file of that name reads it for all. stride (down, across) has the model evaluated in sliding windows.
+    Raises InputError."""
     path = Path(source)
     times = gather(path.stat().st_mtime if path.is_file() else 0)
     saved = share(lambda: load(source), times.index(max(times)))
+    set_stride(saved["config"], stride)
     model = build_model(saved["config"])
     load_weights(model, saved["model"], source)
     return model, saved["config"]

@@ -35,6 +35,6 @@ def balanced(data, device, workers):
             raise InputError(problem)
         pixels = torch.tensor(counts[: len(data.classes)], dtype=torch.float64)
         seen += torch.stack([pixels, (pixels > 0) * pixels.sum()])
-    of_class, of_images = sum_over_processes(seen.to(device))
+    of_class, of_images = sum_over_processes(seen)
     frequency = of_class / of_images
-    return (frequency.nanquantile(0.5) / frequency).nan_to_num(1.0).float()
+    return (frequency.nanquantile(0.5) / frequency).nan_to_num(1.0).float().to(device)

@@ -38,6 +38,14 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{name}: is empty")
         return parsed, others
 
+    def add_device(self):
+        text = "default: cuda if there is one, else cpu; mps and xpu are untried"
+        self.add_argument("--device", choices=("cuda", "cpu", "mps", "xpu"), help=text)
+
+    def add_stride(self):
+        text = "go over an image in windows of the crop's size, this far apart: memory for one row of windows is enough"
+        self.add_argument("--stride", type=positive, nargs=2, metavar=("H", "W"), help=text)
+
     def error(self, message):
         raise InputError(message)
 

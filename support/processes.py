@@ -29,13 +29,17 @@ BEGUN = "begun"  # a key in torchrun's store, set once this launch has started a
 # ---------------------------------------------------------------------------------------------------------- to meet
 
 
-def start_process():
-    """Sets torch up, and joins the processes that torchrun has started into one group. Returns this one's device.
-    Raises InputError if the environment is not torchrun's, or if the others do not come."""
+def start_process(device_name=None):
+    """Sets torch up, and joins the processes that torchrun has started into one group. Returns this one's device: of
+    the kind that --device names, by default CUDA where there is one. Raises InputError if there is no such device, if
+    the environment is not torchrun's, or if the others do not come."""
     torch.set_flush_denormal(True)  # fresh weights drive activations to denormals, on which a CPU is slow
     rank, world, local_rank = launched()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not getattr(torch, name).is_available():
+        raise InputError(f"--device {name}: torch finds none here")
+    cuda = name == "cuda"
+    device = torch.device(name, local_rank) if cuda else torch.device(name)
     if cuda and local_rank >= torch.cuda.device_count():
         raise InputError(f"there are {torch.cuda.device_count()} GPUs for more processes; lower --nproc_per_node")
     if cuda:

@@ -16,7 +16,9 @@ from support.checkpoint import save
 from support.command import InputError
 from support.files import lock_file, replace
 from support.pictures import compare, curves, write_png
-from support.processes import gather, mark_begun, rank_and_world
+from support.processes import gather, mark_begun, rank_and_world, sum_over_processes
+from support.results import without_nan
+from support.scan import never_labelled
 
 SAVE_SECONDS = 300  # between two savings of last.pt
 FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "samples", "curves.png")
@@ -43,6 +45,7 @@ class Run:
         self.writes = writes = rank_and_world()[0] == leader
         self.last_save = time.monotonic()
         self.skipped = 0
+        self.labelled = torch.zeros(256, dtype=torch.int64)  # pixels of each label value, until the first validation
         self.board = None
         if writes:
             (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,8 @@ class Run:
         except OSError as error:
             raise InputError(f"{path}: cannot be written to ({error.strerror})") from None
         for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, iteration)
+            if not isinstance(value, list):
+                self.board.add_scalar(name, value, iteration)
 
     def step(self, iteration, loss, aux_loss, lr, skipped, seconds, batches):
         """Shows a step, and logs it if its turn has come. Raises InputError, which names the files of the batches, if
@@ -89,6 +93,8 @@ class Run:
             what = f"the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {names}"
             raise InputError(f"iteration {iteration}: {what}")
         self.skipped += skipped
+        if self.labelled is not None:
+            self.labelled += sum(torch.bincount(batch["label"].flatten(), minlength=256) for batch in batches)
         speed = self.settings.effective_batch / seconds
         if iteration % max(self.settings.iters // 1000, 1) == 0:
             values = {"loss": loss, "aux_loss": aux_loss, "lr": lr}
@@ -98,13 +104,25 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
-    def show(self, iteration, rows):
-        """Writes the picture of a validation, whose rows are (image, label, prediction), and the curves so far."""
+    def show(self, iteration, result, rows):
+        """Logs evaluate.metrics() of a validation, and shows it: the mIoU on the terminal, a picture of some rows
+        (image, label, prediction), and the course so far."""
+        means = {name: result[name] for name in ("mIoU", "mAcc", "aAcc")}
+        self.log(iteration, val_loss=result["loss"], **means, IoU=without_nan(result["IoU"]))
+        self.say(f"iteration {iteration}: mIoU {result['mIoU']:.2%}, {self.picture_path(iteration)}")
         picture = compare(rows, self.settings.classes, self.settings.palette)
         write_png(picture, self.picture_path(iteration))
         curves(read_log(self.out), self.out / "curves.png")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), iteration, dataformats="HWC")
+
+    def note_missing_classes(self):
+        """Says at the first validation which classes no label has shown so far; all processes call this."""
+        if self.labelled is not None:
+            missing = never_labelled(sum_over_processes(self.labelled), self.settings.classes)
+            self.labelled = None
+            if missing:
+                self.say(f"warning: of the training labels so far {missing}")
 
     def picture_path(self, iteration):
         return self.out / "samples" / f"{iteration:06}.png"
@@ -119,7 +137,7 @@ class Run:
             for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP goes on with those of rank 0
                 dist.broadcast(buffer, 0)
         weights = state.model.state_dict().values()
-        largest = torch.stack([value.abs().max().double() for value in weights]).max().item()
+        largest = torch.stack([value.abs().max().float() for value in weights]).max().item()
         if not largest < LARGEST:
             kept = f"; {self.out / 'last.pt'} is as before" if (self.out / "last.pt").exists() else ""
             what = f"the training has diverged, to weights of {largest:.2g}, which are not saved{kept}"

@@ -5,6 +5,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.command import InputError
+from support.images import VOID
 from support.processes import loading, patient, rank_and_world
 
 
@@ -25,6 +26,17 @@ class Scan(Dataset):
         if label is None:
             return None, None, f"{self.data.files[i][0]}: has no label; its split has no folder of labels"
         return np.bincount(label.flatten(), minlength=256), tuple(image.shape[:2]), None
+
+
+def never_labelled(pixels, names):
+    """Which classes have no pixels, of those of each label value (256,), as a sentence's end; "" if all have some."""
+    missing = [name for index, name in enumerate(names) if not pixels[index]]
+    if not missing:
+        return ""
+    text = f"none shows {', '.join(missing[:5])}" + (f" and {len(missing) - 5} others" if missing[5:] else "")
+    if len(missing) == len(names) - 1 and pixels[VOID]:
+        text += "; all other pixels are 255, which means void: python -m tools.convert_masks makes them a class"
+    return text
 
 
 def unchanged(item):

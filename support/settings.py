@@ -15,7 +15,7 @@ import torch
 
 from resnet_d8 import ResNetD8
 from support import layouts, run, scenes
-from support.checkpoint import CONFIG, MODELS, load
+from support.checkpoint import CONFIG, MODELS, load, set_stride
 from support.command import InputError, Parser, positive, whole_number
 from support.processes import check_same, gather, has_begun, rank_and_world, share
 
@@ -90,6 +90,7 @@ class Settings:
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
     gc_backbone: int | None = setting("put GC blocks of this ratio into the ResNet", None, type=int, choices=(4, 16))
     crop_size: list = setting("of the training crops", type=positive, nargs=2, metavar=("H", "W"))
+    stride: list | None = setting("evaluate in crops this far apart", type=positive, nargs=2, metavar=("H", "W"))
     batch_size: int = setting("images per process; the preset's is made for 4 processes", free=True, type=positive)
     accumulate: int = setting("batches per step", 1, free=True, type=positive)
     iters: int = setting("steps", type=positive)
@@ -106,7 +107,6 @@ class Settings:
     # Decided by the preset alone.
     scale: list | None = setting()
     align_corners: bool = setting()
-    stride: list | None = setting()
     # Added by `complete`.
     effective_batch: int | None = setting(default=None)  # images per step, in all processes together
     classes: list | None = setting(default=None)
@@ -134,18 +134,19 @@ def defaults(given):
 
 
 def parse(description):
-    """(given, out, resume) of train.py's command line: a dict of the settings that it gives, the run's folder as a
-    Path, and whether the run may be there already. Raises InputError for a mistake."""
+    """(given, out, resume, device) of train.py's command line: a dict of the settings that it gives, the run's folder
+    as a Path, whether the run may be there already, and the device's name or None. Raises InputError for a mistake."""
     first, _ = option_parser(description, {}, add_help=False).parse_known_args()  # to know whose defaults to show
     given = vars(option_parser(description, vars(first)).parse_args())
     out = given.pop("out", None)
     resume = given.pop("resume", False)
+    device_name = given.pop("device", None)
     if out is None:
         new = Settings(**defaults(given) | given)
         out = f"runs/{new.model}-r{new.depth}-{new.dataset}"
     if "init" in given and "pretrained" in given:
         raise InputError("--init and --pretrained: a run starts from one of them")
-    return given, Path(os.path.expanduser(out)), resume
+    return given, Path(os.path.expanduser(out)), resume, device_name
 
 
 def option_parser(description, given, **options):
@@ -162,6 +163,7 @@ def option_parser(description, given, **options):
         text = each.metadata["help"] + ("" if default is None or default is False else f" (default: {words})")
         parsing = {"action": "store_true"} if each.type is bool else each.metadata["parsing"]
         parser.add_argument(flag(each), help=text, **parsing)
+    parser.add_device()
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     return parser
@@ -221,6 +223,7 @@ def decide(given, out, resume):
     else:
         known = defaults(given)
     settings = Settings(**known | given)
+    set_stride(vars(settings), settings.stride)
     if settings.batch_size == 1 and max(settings.crop_size) <= 8:
         raise InputError("--batch-size 1 with --crop-size 8 8 or less: BatchNorm needs more than one value per channel")
     return settings, saved
@@ -255,7 +258,7 @@ def check(each, value):
     """Raises ValueError or ArgumentTypeError if the setting `each` cannot have this value."""
     parsing = each.metadata["parsing"]
     words = value if isinstance(value, list) else [value]
-    if not isinstance(value, each.type) or parsing.get("nargs") not in (None, "+", len(words)):
+    if not isinstance(value, each.type) or value is not None and parsing.get("nargs") not in (None, "+", len(words)):
         raise ValueError(f"cannot be {value!r}; its type is {getattr(each.type, '__name__', each.type)}")
     for word in words if value is not None else ():
         parsing.get("type", str)(str(word))

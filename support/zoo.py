@@ -123,7 +123,7 @@ def convert(state, path):
     if depth is None or not dataset or not scales:
         raise InputError(f"{path}: its meta holds no config from which to read depth, data set and test scale")
     slide = re.search(r"mode='slide',crop_size=\((\d+),(\d+)\),stride=\((\d+),(\d+)\)", text)
-    window = [int(side) for side in slide.groups()] if slide else None
+    crop = slide or re.search(r"crop_size=\((\d+),(\d+)\)", text)
     names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
     palette = meta.get("PALETTE") or meta.get("dataset_meta", {}).get("palette")
     classes = len(weights["decode_head.conv_seg.weight"])
@@ -138,8 +138,8 @@ def convert(state, path):
             "dataset": {"Cityscapes": "cityscapes", "ADE20K": "ade20k", "PascalVOC": "voc12aug"}[dataset[1]],
             "data_root": None,
             "scale": [int(side) for side in scales[-1]],
-            "crop_size": window and window[:2],
-            "stride": window and window[2:],
+            "crop_size": crop and [int(side) for side in crop.groups()[:2]],
+            "stride": slide and [int(side) for side in slide.groups()[2:]],
             "classes": [name.strip() for name in names],
             "palette": [list(colour) for colour in palette or bit_colours(classes)],
         },

@@ -18,7 +18,7 @@ from support.settings import PRESETS, Settings
 def parse(tmp_path, monkeypatch):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--out", str(tmp_path / "run")])
-        given, out, resume = settings.parse("About it.")
+        given, out, resume, _ = settings.parse("About it.")
         return settings.agree(given, out, resume)[0], out
 
     return run
@@ -35,7 +35,7 @@ def test_help_shows_the_true_defaults(given, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where no run stands in the default folder
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
-    parsed, _, _ = settings.agree(*settings.parse(""))
+    parsed, _, _ = settings.agree(*settings.parse("")[:3])
     monkeypatch.setattr(sys, "argv", ["train.py", *given, "--help"])
     with pytest.raises(SystemExit):
         settings.parse("")

@@ -11,7 +11,7 @@ import numpy as np
 from data import open_data
 from support.command import InputError, Parser, run_command, split_name, whole_number
 from support.images import VOID
-from support.scan import scan
+from support.scan import never_labelled, scan
 from support.settings import PRESETS
 
 
@@ -38,7 +38,10 @@ def check(split, data, workers):
     if not pixels[: len(data.classes)].any():
         print(f"{split}: all labels are void")
         return len(problems) + 1
-    return len(problems)
+    missing = never_labelled(pixels, data.classes) if split == "train" else ""
+    if missing:
+        print(f"{split}: of the labels {missing}")
+    return len(problems) + bool(missing)
 
 
 def main():

@@ -41,13 +41,15 @@ def main():
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
     parser.add_argument("--checkpoint", help="file, URL or published name (default: runs/'s newest best.pt)")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
+    parser.add_stride()
+    parser.add_device()
     parser.add_argument("--out", default="predictions", help="the folder to write to (default: predictions)")
     args = parser.parse_args()
 
     images = find_images(args.images)
     refuse_to_replace(path for name in images for path in paths(Path(args.out, name)))
-    device = start_process()
-    model, config = load_model(args.checkpoint or newest_checkpoint())
+    device = start_process(args.device)
+    model, config = load_model(args.checkpoint or newest_checkpoint(), args.stride)
     model = for_inference(model, device)
     with tqdm(images.items(), "predicting", dynamic_ncols=True) as bar:
         for name, path in bar:
