@@ -50,6 +50,7 @@ def test_masks_of_0_and_255_are_explained(binary, run_inside, capsys):
     assert said.count("warning: of the training labels so far none shows roof; all other pixels are 255") == 1
 
 
+@pytest.mark.slow
 def test_a_class_that_only_another_process_has_seen(folder, tmp_path):
     """Each process sees one half of the images; together they see all classes."""
     for split in ("images", "annotations"):
@@ -98,7 +99,7 @@ def test_stride_of_commands(folder, run_inside, tmp_path):
     assert "does not say how large its crops were" in run_inside(evaluate, model, "--stride", 8, 8, fails=True)
 
 
-# -------------------------------------------------------------------------------------------------- figures to work with
+# ------------------------------------------------------------------------------------------------- figures to work with
 
 
 def recomputed(folder, maps, count):
