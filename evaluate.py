@@ -75,7 +75,7 @@ def slide_by_rows(model, images, crop_size, stride):
                 total[:, :, :, left : left + w] += window_logits
                 count[:, left : left + w] += 1
         done = following - top
-        yield slice(top, following), total[:, :, :done] / count[:done]
+        yield slice(top, following), total[:, :, :done].div_(count[:done])
         total = F.pad(total[:, :, done:], (0, 0, 0, done))
         count = F.pad(count[done:], (0, 0, 0, done))
 

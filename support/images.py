@@ -14,6 +14,7 @@ from support.command import InputError
 
 VOID = 255  # no class here: neither trained on nor counted
 INVALID = 254  # in a table of label values: a value that no label file of the data set may hold
+Image.MAX_IMAGE_PIXELS = 2**29  # Pillow warns of a larger image, and refuses one of twice as many
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # that are read; for some others Pillow would start programs
 
 
