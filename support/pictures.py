@@ -1,4 +1,4 @@
-"""Pictures of segmentations and of a run's course, and label maps as files.
+"""Pictures of segmentations, and label maps as files.
 
 What is written here carries a mark, so that no command replaces a file of others, nor takes its own pictures for
 images to segment.
@@ -88,23 +88,6 @@ def compare(rows, names, palette, tile=256, gap=8):
             canvas.paste(picture.resize(size, how), (gap + column * (width + gap), 24 + row * (tile + gap)))
     shown = set().union(*(np.unique(m).tolist() for _, *maps in rows for m in maps))
     return with_legend(canvas, sorted(shown), names, palette)
-
-
-def curves(lines, path):
-    """Writes a picture of a log's lines: loss, learning rate and mIoU; nothing where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    for axes, names in zip(figure.subplots(1, 3), (("loss", "val_loss"), ("lr",), ("mIoU",)), strict=True):
-        for name in names:
-            points = [(line["iteration"], line[name]) for line in lines if name in line]
-            axes.plot(*zip(*points, strict=True), label=name, marker="." if name in ("val_loss", "mIoU") else None)
-        axes.set_xlabel("iteration")
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100, metadata={"Software": MARK})
 
 
 class LabelMaps:

@@ -15,13 +15,14 @@ from tqdm import tqdm
 from support.checkpoint import save
 from support.command import InputError
 from support.files import lock_file, replace
-from support.pictures import compare, curves, write_png
+from support.pictures import compare, write_png
 from support.processes import gather, mark_begun, rank_and_world, sum_over_processes
+from support.report import write_report
 from support.results import without_nan
 from support.scan import never_labelled
 
 SAVE_SECONDS = 300  # between two savings of last.pt
-FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "samples", "curves.png")
+FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "samples", "report.html")
 LARGEST = 1e12  # of weights and of BatchNorm's statistics: beyond, the next step overflows
 
 
@@ -32,7 +33,8 @@ class Run:
     log.jsonl          a line for each validation, and for at least each thousandth of the steps
     samples/*.png      a picture for each validation
     last.pt, best.pt   the state to continue from; the state of the best mIoU
-    curves.png         if matplotlib is installed; TensorBoard's events, if tensorboard is
+    report.html        a page that shows all of this, of one file; written at each validation
+    events.*           TensorBoard's, if tensorboard is installed
     .lock              locked while a process trains here
 
     Its methods raise InputError or OSError if the folder cannot be written to.
@@ -106,13 +108,13 @@ class Run:
 
     def show(self, iteration, result, rows):
         """Logs evaluate.metrics() of a validation, and shows it: the mIoU on the terminal, a picture of some rows
-        (image, label, prediction), and the course so far."""
+        (image, label, prediction), and the page of the run so far."""
         means = {name: result[name] for name in ("mIoU", "mAcc", "aAcc")}
         self.log(iteration, val_loss=result["loss"], **means, IoU=without_nan(result["IoU"]))
         self.say(f"iteration {iteration}: mIoU {result['mIoU']:.2%}, {self.picture_path(iteration)}")
         picture = compare(rows, self.settings.classes, self.settings.palette)
         write_png(picture, self.picture_path(iteration))
-        curves(read_log(self.out), self.out / "curves.png")
+        write_report(self.out, vars(self.settings), read_log(self.out), result["matrix"])
         if self.board:
             self.board.add_image("samples", np.asarray(picture), iteration, dataformats="HWC")
 
