@@ -54,6 +54,6 @@ def pictures(folder, iterations):
         except InputError:
             continue
         jpeg = io.BytesIO()
-        picture.convert("RGB").save(jpeg, "JPEG", quality=80, subsampling=0)  # the label maps' borders stay sharp
+        picture.convert("RGB").save(jpeg, "JPEG", quality=75, subsampling=0)  # the label maps' borders stay sharp
         found.append((iteration, base64.b64encode(jpeg.getvalue()).decode()))
     return found
