@@ -73,13 +73,13 @@ def scan(paths, colours):
 
 def propose(found, paths):
     """The lines of a table of what scan found."""
-    lines = [f"# {len(paths)} masks hold {len(found)} values. Edit the names; the first is class 0, void is no class."]
+    lines = [f"# masks: {len(paths)}, values: {len(found)}. Edit the names; the first is class 0, void is no class."]
     jpegs = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in paths)
     total, values = sum(pixels for pixels, *_ in found.values()), sorted(found)
     if jpegs or len(found) > INVALID:
         values = [value for value in values if found[value][0] >= RARE * total]
         lines += [
-            f"# Compression ({jpegs} are JPEG) or smoothing has made most of them: get the original PNGs if you can. Else",
+            f"# Compression ({jpegs} are JPEG) or smoothing has made most: get the original PNGs. Failing that,",
             "# keep the lines of the classes' true values, add those of rare classes, and convert with --nearest.",
         ]
     names = ["background", "foreground"] if len(values) == 2 else [f"class {i}" for i in range(len(values))]
@@ -87,7 +87,7 @@ def propose(found, paths):
         names[-1] = "void"
     for value, name in zip(values, names, strict=True):
         pixels, masks, _ = found[value]
-        lines.append(f"{written(value):<15} {name:<15} # {100 * pixels / total:.2f} % of the pixels, in {masks} masks")
+        lines.append(f"{written(value):<15} {name:<15} # {100 * pixels / total:.2f} % of the pixels; masks: {masks}")
     return lines
 
 
@@ -129,8 +129,8 @@ def complete(table, found, path, nearest):
             pixels, masks, first = found[value]
             others = f", nor {len(unnamed) - 1} other values" if unnamed[1:] else ""
             raise InputError(
-                f"{first}: holds the value {written(value)} ({pixels} pixels in {masks} masks), which {path} does not "
-                f"name{others}; add a line for it, or --nearest if compression (JPEG) or smoothing has made it"
+                f"{first}: holds the value {written(value)} ({pixels} pixels, masks: {masks}), which {path} does "
+                f"not name{others}; add a line for it, or --nearest if compression (JPEG) or smoothing has made it"
             )
         added[value] = table[min(named, key=lambda other: math.dist(other, value))]
     if added:

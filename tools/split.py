@@ -4,7 +4,7 @@
     python -m tools.split photos/ indices/ --out own --val 0.1 --test 0.1
 
 A mask has its image's name up to the ending, and the same subfolder. What is drawn depends on the names and the seed
-alone. Masks of other values (0 and 255, colours) go through tools.convert_masks before.
+alone. Masks of other values (0 and 255, colours) or formats go through tools.convert_masks before.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def main():
     parser.add_argument("--val", type=share, default=0.2, help="share of the images to validate on (default: 0.2)")
     parser.add_argument("--test", type=share, default=0, help="share of the images to test on (default: 0)")
     parser.add_argument("--seed", type=whole_number, default=0, help="another one draws others (default: 0)")
-    parser.add_argument("--copy", action="store_true", help="copy the files; default: hard links, which take no room")
+    parser.add_argument(
+        "--copy", action="store_true", help="copy the files (default: hard links: no room, but one file)"
+    )
     args = parser.parse_args()
 
     for folder in (args.images, args.masks):
