@@ -6,9 +6,13 @@ A checkpoint is a plain dict that torch.load(..., weights_only=True) reads:
     config      the run's settings, some of which build the model and evaluate it
     optimizer, scaler, iteration, best_miou     what else a run needs in order to continue
 
+tools/export.py writes the first two alone, as model.safetensors and config.json in a folder.
+
 No state of random numbers is needed: all that train.py draws follows from the seed and the iteration.
 """
 
+import hashlib
+import json
 import re
 import zipfile
 from dataclasses import dataclass
@@ -61,8 +65,10 @@ def save(state, config, path):
 
 
 def read(path):
-    """What torch.save wrote to a file, on the CPU. No code in the file is ever run. Raises InputError."""
+    """What torch.save or tools/export.py wrote to a file, on the CPU. No code in it is ever run. Raises InputError."""
     try:
+        if path.suffix == ".safetensors":
+            return read_export(path)
         if zipfile.is_zipfile(path):  # torch does not compare the checksums
             with zipfile.ZipFile(path) as archive:
                 if part := archive.testzip():
@@ -71,7 +77,7 @@ def read(path):
     except (InputError, MemoryError):
         raise
     except PermissionError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged file can meet any of them
         objects = re.search(r"GLOBAL (\S+)", str(error))
         if not objects:
@@ -82,8 +88,29 @@ def read(path):
         ) from None
 
 
+def read_export(path):
+    """{"model", "config"} of a model.safetensors and the config.json beside it."""
+    try:
+        from safetensors.torch import load as read_tensors
+    except ImportError:
+        raise InputError(f"{path}: is read with a package that is missing; pip install safetensors") from None
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        raise InputError(f"{path}: there is no config.json beside it, which tools/export.py writes too")
+    try:
+        config = json.loads(beside.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{beside}: is damaged ({error})") from None
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()  # the format itself has no checksum
+    if isinstance(config, dict) and config.get("sha256", found) != found:
+        raise InputError(f"{path}: is damaged, or is not the file that {beside} describes: sha256 there is another")
+    return {"model": read_tensors(content), "config": config}
+
+
 def load(source):
-    """The checkpoint, as the module says, of a path, a URL, or a published model's name. Raises InputError."""
+    """The checkpoint, as the module says, of a path, a URL, or a published model's name. A folder is taken for the
+    model.safetensors or best.pt in it. Raises InputError."""
     path = zoo.locate(source)
     saved = read(path)
     if isinstance(saved, dict) and "state_dict" in saved:
@@ -174,7 +201,7 @@ def load_model(source, stride=None):
     """(model, config) of a checkpoint, on the CPU; source is that of `load`. Of several processes, the one with the
     newest file of that name reads it for all. stride (down, across) has the model evaluated in sliding windows.
     Raises InputError."""
-    path = Path(source)
+    path = zoo.in_folder(Path(source))
     times = gather(path.stat().st_mtime if path.is_file() else 0)
     saved = share(lambda: load(source), times.index(max(times)))
     set_stride(saved["config"], stride)

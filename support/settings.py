@@ -96,7 +96,7 @@ class Settings:
     iters: int = setting("steps", type=positive)
     lr: float | int = setting("the first learning rate", type=rate)
     pretrained: str = setting("the backbone's weights: imagenet (for depth 50 and 101), none, a file or a URL")
-    init: str | None = setting("start from the weights of a checkpoint: file, URL or published name", None)
+    init: str | None = setting("start from the weights of a checkpoint: file, folder, URL or published name", None)
     class_weights: list | None = setting("in the loss: one per class, or: balanced", None, nargs="+", metavar="W")
     amp: str = setting("mixed precision", "none", choices=tuple(AMP))
     compile: bool = setting("torch.compile the model", False)

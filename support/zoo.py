@@ -31,13 +31,16 @@ def published():
 
 
 def locate(source):
-    """The local file of a checkpoint: a path, a URL, or the name of a published model; fetched if need be. A fetched
-    file that its name does not fit is fetched once more; one that still does not fit is warned of."""
+    """The local file of a checkpoint: a path, also that of its folder, a URL, or the name of a published model; fetched
+    if need be. A fetched file that its name does not fit is fetched once more; one that still does not fit is warned
+    of."""
     source = str(source)
     if source in published():
         source = published()[source]["url"]
     remote = source.startswith(("http://", "https://"))
-    path = download(source) if remote else Path(source)
+    path = download(source) if remote else in_folder(Path(source))
+    if path.is_dir():
+        raise InputError(f"{path}: holds neither the model.safetensors of tools/export.py nor the best.pt of a run")
     if not path.is_file():
         raise InputError(f"{path}: there is no such file, and no published model of that name (ZOO.md lists them)")
     if remote and not fits_name(path)[0]:
@@ -47,6 +50,12 @@ def locate(source):
     if not fits:
         print(f"warning: {path}: its SHA-256 begins with {found[:8]}, not as its name says", file=sys.stderr)
     return path
+
+
+def in_folder(path):
+    """The checkpoint's file in a folder: what tools/export.py wrote, or a run's best.pt; else the path itself."""
+    files = (path / "model.safetensors", path / "best.pt")
+    return next((file for file in files if file.is_file()), path)
 
 
 def fits_name(path):

@@ -186,7 +186,7 @@ def test_the_page_in_a_browser(page, tmp_path):
         (["none.pt", "image.png"], ["none.pt"]),
         (["gcnet.pt", "--statistics", "image.png"], ["image.png", "--statistics"]),
         (["gcnet.pt", "image.png", "--out", "."], ["image.png: is there already, and was not written by this command"]),
-        (["run"], ["run: is a run", "best.pt"]),
+        (["run"], ["run/best.pt: is no checkpoint"]),
     ],
     ids=lambda value: " ".join(value),
 )

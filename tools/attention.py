@@ -238,7 +238,9 @@ def explorable(name, image, blocks):
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="checkpoints (.pt, .pth, published names); images, folders, patterns")
+    add(
+        "files", nargs="*", metavar="FILE", help="checkpoints (files, runs, published names); images, folders, patterns"
+    )
     add("--query", type=whole_number, nargs=2, action="append", metavar=("X", "Y"), help="a pixel; may be repeated")
     add("--html", action="store_true", help="write the page as well")
     add("--statistics", action="store_true", help="instead print mean cosine distances over a data set")
@@ -248,11 +250,9 @@ def parse_arguments():
     add("--out", default="attention", help="the folder to write to (default: attention)")
     args = parser.parse_intermixed_args()
     published = zoo.published()
-    args.checkpoints = [name for name in args.files if name.endswith((".pt", ".pth")) or name in published]
+    kinds = (".pt", ".pth", ".safetensors")
+    args.checkpoints = [name for name in args.files if name in published or zoo.in_folder(Path(name)).suffix in kinds]
     args.images = [name for name in args.files if name not in args.checkpoints]
-    for name in args.images:
-        if Path(name, "best.pt").exists():
-            raise InputError(f"{name}: is a run; its checkpoint is {Path(name, 'best.pt')}")
     if args.statistics and args.images:
         raise InputError(
             f"{args.images[0]}: --statistics takes checkpoints, and a data set by --dataset, --data-root, --split"

@@ -39,7 +39,7 @@ def paths(out):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
-    parser.add_argument("--checkpoint", help="file, URL or published name (default: runs/'s newest best.pt)")
+    parser.add_argument("--checkpoint", help="file, folder, URL or published name (default: runs/'s newest best.pt)")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_stride()
     parser.add_device()

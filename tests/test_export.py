@@ -1,0 +1,215 @@
+"""tools/export.py: what it writes is the same model, for every command here and for ONNX; damage to it is one line."""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import published, save_model
+from PIL import Image
+
+import evaluate
+import train
+from support import checkpoint
+from support.checkpoint import load_model
+from support.command import InputError
+from tools import attention, export, predict
+
+
+@pytest.fixture
+def run(tmp_path, run_inside):
+    """A folder with a best.pt of ANN, two of whose weights are one, and what was exported from it."""
+    pytest.importorskip("safetensors")
+    (tmp_path / "run").mkdir()
+    save_model(tmp_path / "run/best.pt", "ann")
+    assert "run/export/: model.safetensors (" in run_inside(export, "run/best.pt")
+    return tmp_path / "run"
+
+
+def test_what_is_exported_is_the_model(run):
+    model, config = load_model(run / "best.pt")
+    for source in (run / "export", run / "export/model.safetensors", run):
+        same, settings = load_model(source)
+        assert {name: settings[name] for name in config} == config
+        for (name, value), (own, expected) in zip(same.state_dict().items(), model.state_dict().items(), strict=True):
+            assert name == own and value.equal(expected) and value.dtype == expected.dtype
+    assert json.loads((run / "export/config.json").read_text())["mean"] == [123.675, 116.28, 103.53]
+    assert sorted(path.name for path in (run / "export").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_every_command_takes_the_folder(run, folder, run_inside, capsys):
+    data = ("--data-root", folder, "--workers", 0)
+    expected = run_inside(evaluate, run / "best.pt", *data)
+    assert "mIoU" in expected
+    assert run_inside(evaluate, run / "export", *data) == run_inside(evaluate, run, *data) == expected
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(folder / "photo.png")
+    photo = folder / "photo.png"
+    assert "1 images" in run_inside(predict, photo, "--checkpoint", run / "export")
+    assert "1 images" in run_inside(attention, run / "export", run, photo)
+    checkpoint.load_init(load_model(run)[0], run / "export")
+    assert f"--init {run}/export: all weights, classifiers too" in capsys.readouterr().out
+    run_inside(export, "run/export", "--out", "again")
+    for name in ("model.safetensors", "config.json"):
+        assert Path("again", name).read_bytes() == (run / "export" / name).read_bytes()
+
+
+def test_nothing_is_overwritten(run, run_inside, monkeypatch):
+    before = (run / "export/config.json").read_bytes()
+    assert run_inside(export, run, fails=True).startswith(f"{run}/export/model.safetensors: is there already; move it")
+    (run / "export/model.safetensors").unlink()
+    assert "run/export/config.json: is there already" in run_inside(export, "run", fails=True)
+    assert (run / "export/config.json").read_bytes() == before
+    assert not (run / "export/model.safetensors").exists()
+    file = published(classes=2)
+    torch.save(file, "a.pth")
+    monkeypatch.setattr("support.zoo.published", lambda: {"gcnet_r50": {"url": "https://somewhere/a.pth"}})
+    monkeypatch.setattr("support.zoo.download", lambda url: Path("a.pth"))
+    for source, out in (("gcnet_r50", "export"), ("https://somewhere/a.pth", "other")):
+        assert f"{out}/: model.safetensors" in run_inside(export, source, *(["--out", out] if out == "other" else []))
+        assert load_model(out)[0].state_dict().keys() == file["state_dict"].keys()
+
+
+@pytest.mark.parametrize("arguments, package", [([], "safetensors"), (["--onnx"], "onnxruntime")])
+def test_a_missing_package_is_named(arguments, package, tmp_path, run_inside, monkeypatch):
+    for name in (package, f"{package}.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in {"safetensors", "onnx", "onnxscript"} - {package}:
+        monkeypatch.setitem(sys.modules, name, sys)
+    save_model(tmp_path / "model.pt", "fcn")
+    message = run_inside(export, "model.pt", *arguments, fails=True)
+    assert message.startswith("a package is missing") and "pip install safetensors" in message and package in message
+    assert not (tmp_path / "export").exists()
+    if package == "safetensors":
+        (tmp_path / "model.safetensors").touch()
+        assert "model.safetensors: is read with a package" in run_inside(evaluate, "model.safetensors", fails=True)
+
+
+def refused(source):
+    """The line with which a checkpoint is refused."""
+    with pytest.raises(InputError) as raised:
+        load_model(source)
+    return str(raised.value)
+
+
+def test_damaged_weights(run):
+    from safetensors.torch import load, save
+
+    path, config = run / "export/model.safetensors", run / "export/config.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:])
+    assert refused(run / "export").startswith(f"{path}: is damaged, or is not the file that {config} describes")
+    kept = json.loads(config.read_text())
+    del kept["sha256"]  # as of a file from elsewhere
+    config.write_text(json.dumps(kept))
+    name = "decode_head.conv_seg.bias"
+    for value, words in (
+        (torch.full((3,), float("nan")), "not finite"),
+        (torch.zeros(4), "does not fit"),
+        (torch.zeros(3, dtype=torch.int64), "is torch.int64; the model has torch.float32"),
+        (torch.zeros(3, dtype=torch.complex64), "is torch.complex64"),
+    ):
+        path.write_bytes(save(load(whole) | {name: value}))
+        message = refused(run / "export")
+        assert message.startswith(f"{run}/export: ") and words in message
+
+    path.write_bytes(whole[:-1])
+    assert refused(path) == f"{path}: is no checkpoint, or damaged (SafetensorError)"
+    small = save({"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.int64)})
+    rng = random.Random(0)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(1000):
+        spoilt = bytearray(small[: rng.choice((len(small), rng.randrange(1, len(small))))])
+        for _ in range(rng.choice((0, 1, 1, 2, 8))):
+            spoilt[rng.randrange(len(spoilt))] = rng.randrange(256)
+        path.write_bytes(spoilt)
+        try:
+            assert all(isinstance(value, torch.Tensor) for value in checkpoint.load(path)["model"].values())
+            outcomes["read"] += 1
+        except InputError as error:
+            assert str(error).startswith(f"{path}: ")
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 100, outcomes
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "model.safetensors: there is no config.json beside it"),
+        (b"", "config.json: is damaged"),
+        (b"\xff\xfe{", "config.json: is damaged"),
+        (b"[" * 100_000, "config.json: is damaged"),
+        (b"[]", "model.safetensors: is no checkpoint of a model"),
+        (b'{"model": "ann"}', "model.safetensors: its config lacks depth"),
+        (b'{"model": "ann", "depth": 1e999}', "model.safetensors: its config says depth: inf"),
+    ],
+)
+def test_a_damaged_config(content, words, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    (tmp_path / "model.safetensors").write_bytes(safetensors.save({"a": torch.ones(2)}))
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    assert refused(tmp_path).startswith(f"{tmp_path}/{words}")
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    assert refused(tmp_path).startswith(f"{tmp_path}: holds neither the model.safetensors")
+
+
+def test_of_several_processes_the_one_with_the_newest_folder_reads_it(run, monkeypatch):
+    times = []
+
+    def gather(value):
+        times.append(value)
+        return [value]
+
+    monkeypatch.setattr(checkpoint, "gather", gather)
+    os.utime(run / "export/model.safetensors", (300, 300))
+    load_model(run / "export")
+    assert times == [300]
+
+
+# ---------------------------------------------------------------------------------------------------------------- ONNX
+
+
+def test_pooling_by_matrices_is_adaptive_pooling():
+    for height in (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 24, 65, 97):
+        for width in (1, 4, 8, 11, 64):
+            x = torch.randn(2, 3, height, width)
+            expected = torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in (1, 3, 6, 8)], 2)
+            torch.testing.assert_close(export.MatrixPooling()(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ann", "nonlocal_net"])
+@torch.no_grad()
+def test_onnx_with_free_sizes(name, tmp_path, run_inside, recwarn):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("onnxscript")
+    runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    saved = torch.load(save_model(tmp_path / "model.pt", name))
+    for weight in saved["model"].values():  # fresh blocks are the identity, or give zero
+        if not weight.any() and weight.is_floating_point():
+            weight.normal_(std=0.3)
+    for key in [key for key in saved["model"] if key.endswith("running_var")]:
+        saved["model"][key].abs_().add_(0.5)
+    saved["config"]["align_corners"] = name == "ann"
+    torch.save(saved, tmp_path / "model.pt")
+    printed = run_inside(export, "model.pt", "--onnx")
+    assert printed.count("differ from torch's by") == 2 and not list(recwarn)
+
+    content = (tmp_path / "export/model.onnx").read_bytes()
+    onnx.checker.check_model(content, full_check=True)
+    assert str(export.__file__).encode() not in content and str(Path(train.__file__).parent).encode() not in content
+    model = load_model(tmp_path / "export")[0].eval()
+    session = runtime.InferenceSession(content)
+    for shape in ((2, 3, 33, 120), (1, 3, 8, 9), (1, 3, 1, 1)):
+        images = torch.randn(shape)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-4)
+    model.decode_head.conv_seg.bias += 1
+    with pytest.raises(InputError, match="it is not the same model, and was not written"):
+        export.check(content, model)

@@ -1,0 +1,127 @@
+"""Writes a model for other programs: its weights in safetensors, without the momentum that best.pt also holds.
+
+    python -m tools.export                                         # the newest run, into RUN/export
+    python -m tools.export gcnet_r50-d8_512x512_80k_ade20k --onnx  # a published model, into export; in ONNX as well
+
+DIR/model.safetensors   the weights, under the published parameter names: mmsegmentation's own models load them
+DIR/config.json         what builds and evaluates the model; every command here takes DIR as a checkpoint
+DIR/model.onnx          from `images` to `logits`, float32 (N, 3, H, W) to (N, K, H, W), of any N, H and W
+
+As for every model here, so that one preparation serves all three: images are RGB in 0..255, minus the mean and divided
+by the std that config.json holds. Needs safetensors; --onnx also needs onnx, onnxscript and onnxruntime.
+"""
+
+import copy
+import hashlib
+import importlib
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ann import PyramidPooling
+from data import MEAN, STD
+from support import zoo
+from support.checkpoint import CONFIG, load_model
+from support.command import InputError, Parser, run_command
+from support.files import replace
+from support.run import newest_checkpoint
+
+
+class MatrixPooling(nn.Module):
+    """PyramidPooling as two matrix products: torch translates adaptive pooling to ONNX for a fixed size only."""
+
+    def forward(self, x):  # (N, C, H, W)
+        means = cells(x.shape[2]) @ x @ cells(x.shape[3]).T  # (N, C, 18, 18)
+        grids = [means[:, :, start : start + n, start : start + n] for start, n in ((0, 1), (1, 3), (4, 6), (10, 8))]
+        return torch.cat([grid.flatten(2) for grid in grids], 2)  # (N, C, 110)
+
+
+def cells(side):
+    """float32 (18, side): the means over each cell of a side that is divided in 1, 3, 6 and 8, as a matrix. Cell i of n
+    goes from i side / n to (i + 1) side / n, and takes all of each pixel p that it touches, from p to p + 1."""
+    i, n = torch.tensor([(i, n) for n in (1, 3, 6, 8) for i in range(n)]).T[..., None]  # (18, 1) each
+    p = torch.arange(side)
+    touched = ((p + 1) * n > i * side) & (p * n < (i + 1) * side)
+    return touched / touched.sum(1, keepdim=True)
+
+
+def to_onnx(model):
+    """A Segmentor in eval mode as the content of an ONNX file."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PyramidPooling):
+            model.set_submodule(name, MatrixPooling())
+    images = torch.zeros(2, 3, 64, 96)
+    free = {"images": {0: "N", 2: "H", 3: "W"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model, (images,), dynamo=True, dynamic_shapes=free, output_names=["logits"], verbose=False
+        )
+    file = program.model_proto
+    for node in file.graph.node:
+        node.ClearField("metadata_props")  # among them the paths of this program's files on this disk
+    return file.SerializeToString()
+
+
+@torch.no_grad()
+def check(content, model):
+    """Prints how far onnxruntime's logits of an ONNX file are from the model's. Raises InputError if it is too far."""
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(content)
+    for shape in ((1, 3, 64, 96), (3, 3, 75, 110)):
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        expected = model(images)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        largest = expected.abs().max().item()
+        difference = (torch.from_numpy(logits) - expected).abs().max().item()
+        text = f"the logits of images {shape} differ from torch's by {difference:.1e} at most (largest: {largest:.3g})"
+        if not difference <= 1e-3 * max(largest, 1):
+            raise InputError(f"--onnx: {text}: it is not the same model, and was not written")
+        print(f"model.onnx: {text}")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", nargs="?", help="file, folder, URL or published name (default: the newest run)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="the folder to write to (default: export, beside a local checkpoint)"
+    )
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx as well, and compare it with torch")
+    args = parser.parse_args()
+    needed = ["safetensors"] + ["onnx", "onnxscript", "onnxruntime"] * args.onnx
+    try:
+        for name in needed:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"a package is missing ({error}); pip install {' '.join(needed)}") from None
+
+    source = args.checkpoint or newest_checkpoint()
+    local = zoo.in_folder(Path(source))
+    out = Path(args.out or (local.parent / "export" if local.is_file() else "export"))
+    for name in ("model.safetensors", "config.json", "model.onnx"):
+        if (out / name).exists():
+            raise InputError(f"{out / name}: is there already; move it, or name another folder with --out")
+    model, config = load_model(source)
+    model.eval()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}  # ANN shares some
+    files = {"model.safetensors": importlib.import_module("safetensors.torch").save(weights)}
+    kept = {name: config[name] for name in CONFIG}
+    kept |= {"mean": MEAN, "std": STD, "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest()}
+    files["config.json"] = json.dumps(kept, indent=1).encode() + b"\n"
+    if args.onnx:
+        files["model.onnx"] = to_onnx(model)
+        check(files["model.onnx"], model)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        replace(out / name, lambda file: file.write(content))  # noqa: B023
+    sizes = ", ".join(f"{name} ({len(content) / 1e6:.1f} MB)" for name, content in files.items())
+    print(f"{out}/: {sizes}")
+
+
+if __name__ == "__main__":
+    run_command(main)
