@@ -177,7 +177,7 @@ def test_of_several_processes_the_one_with_the_newest_folder_reads_it(run, monke
 
 def test_pooling_by_matrices_is_adaptive_pooling():
     for height in (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 24, 65, 97):
-        for width in (1, 4, 8, 11, 64):
+        for width in (1, 7, 64):
             x = torch.randn(2, 3, height, width)
             expected = torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in (1, 3, 6, 8)], 2)
             torch.testing.assert_close(export.MatrixPooling()(x), expected)
