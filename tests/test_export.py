@@ -26,7 +26,7 @@ def run(tmp_path, run_inside):
     pytest.importorskip("safetensors")
     (tmp_path / "run").mkdir()
     save_model(tmp_path / "run/best.pt", "ann")
-    assert "run/export/: model.safetensors (" in run_inside(export, "run/best.pt")
+    assert "run/export/: model.safetensors, config.json (" in run_inside(export, "run/best.pt")
     return tmp_path / "run"
 
 

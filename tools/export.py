@@ -119,8 +119,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         replace(out / name, lambda file: file.write(content))  # noqa: B023
-    sizes = ", ".join(f"{name} ({len(content) / 1e6:.1f} MB)" for name, content in files.items())
-    print(f"{out}/: {sizes}")
+    print(f"{out}/: {', '.join(files)} ({sum(map(len, files.values())) / 1e6:.0f} MB)")
 
 
 if __name__ == "__main__":
