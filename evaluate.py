@@ -252,7 +252,7 @@ def report(result, names):
 
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", nargs="?", help="file, URL or published name (default: runs/'s newest best.pt)")
+    parser.add_argument("checkpoint", nargs="?", help="file, folder, URL or published name (default: the newest run's)")
     parser.add_argument("--checkpoint", dest="named", metavar="CHECKPOINT", help="the same")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_argument("--dataset", choices=PRESETS, help="default: the one it was trained on")
