@@ -99,6 +99,12 @@ def test_stride_of_commands(folder, run_inside, tmp_path):
     assert "does not say how large its crops were" in run_inside(evaluate, model, "--stride", 8, 8, fails=True)
 
 
+@pytest.mark.parametrize("module", [train, evaluate], ids=lambda module: module.__name__)
+def test_a_device_that_is_not_there(module, run_inside):
+    name = "mps" if torch.xpu.is_available() else "xpu"
+    assert run_inside(module, "--device", name, fails=True) == f"--device {name}: torch finds none here"
+
+
 # ------------------------------------------------------------------------------------------------- figures to work with
 
 

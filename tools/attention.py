@@ -247,6 +247,7 @@ def parse_arguments():
     add("--dataset", choices=PRESETS, help="default: the one that the first checkpoint was trained on")
     add("--data-root", help="the data set's folder (default: the one that it was trained on)")
     add("--split", type=split_name, default="val", help="train, val or test (default: val)")
+    parser.add_device()
     add("--out", default="attention", help="the folder to write to (default: attention)")
     args = parser.parse_intermixed_args()
     published = zoo.published()
@@ -327,7 +328,7 @@ def write_pictures(models, args):
 
 def main():
     args = parse_arguments()
-    models = load_models(args.checkpoints or [newest_checkpoint()], start_process())
+    models = load_models(args.checkpoints or [newest_checkpoint()], start_process(args.device))
     if args.statistics:
         print_statistics(models, args)
     else:
