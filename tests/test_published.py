@@ -22,9 +22,11 @@ from support.command import InputError
 def test_every_published_name():
     models = zoo.published()
     assert len(models) == 48
+    zoo_page = (ROOT / "ZOO.md").read_text().splitlines()
     for name, model in models.items():
         assert model["url"].startswith("https://") and f"/{name}/{name}_" in model["url"]
-        assert name in (ROOT / "ZOO.md").read_text()
+        row = next(line for line in zoo_page if line.startswith(f"| {name} |"))
+        assert f"[log]({model['url'][: -len('-01234567.pth')]}.log.json)" in row
 
 
 @pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["zip", "legacy"])

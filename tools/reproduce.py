@@ -1,0 +1,136 @@
+"""Evaluates the published models, plain and with multi-scale + flip, beside the figures that were published of them.
+
+    python -m tools.reproduce                             # all models whose data set is a folder of data/
+    python -m tools.reproduce '*ade20k' --data-root DIR   # those of one data set, which is elsewhere
+    torchrun --nproc_per_node=4 -m tools.reproduce 'nonlocal*512x1024*'   # whose ms + flip was not published
+
+Each measurement is added to --out when it is finished, and not repeated: after a stop the same command goes on. The
+table at the end is Markdown: mIoU in percent, as published, as measured, and the difference.
+"""
+
+import contextlib
+import fnmatch
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+from data import open_data
+from evaluate import check_classes, evaluate, evaluation_loader
+from support import zoo
+from support.checkpoint import load_model
+from support.command import InputError, Parser, explain, run_command, whole_number
+from support.fast import for_inference
+from support.processes import rank_and_world, share, start_process
+
+MODES = {"plain": "mIoU", "ms+flip": "mIoU_ms_flip"}  # and what zoo.json calls the published figure
+START = '{"published": "'  # of each line of results
+HEAD = "| name | mIoU | measured | difference | ms + flip | measured | difference |\n|---|--:|--:|--:|--:|--:|--:|"
+
+
+def select(patterns, data_root):
+    """{name: what zoo.json says} of the models that fit a pattern; without patterns of those whose data is there."""
+    models = zoo.published()
+    if not patterns:
+        patterns = ["*"] if data_root else [f"*_{folder.name}" for folder in Path("data").glob("*")]
+    elif unknown := [pattern for pattern in patterns if not fnmatch.filter(models, pattern)]:
+        raise InputError(f"{unknown[0]}: there is no published model of that name (ZOO.md lists them)")
+    found = {name: models[name] for name in models if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+    if not found:
+        raise InputError("data/: holds no data set of the published models; name models, and --data-root")
+    return found
+
+
+def file_of(model):
+    """The name of a published model's file, in which its date and hash stand."""
+    return model["url"].rpartition("/")[2]
+
+
+def read_results(out):
+    """{(published file, mode): result} of a file of results, which is made if there is none. A line that was cut off
+    counts for nothing. Raises InputError if it is some other file."""
+    results = {}
+    with open(out, "a+", errors="replace") as file:
+        file.seek(0)
+        text = file.read()
+        for line in text.splitlines():
+            if line[: len(START)] != START[: len(line)]:
+                raise InputError(f"{out}: holds something else than results of this command; name another --out")
+            with contextlib.suppress(ValueError):
+                result = json.loads(line)
+                results[result["published"], result["mode"]] = result
+        if text and not text.endswith("\n"):
+            file.write("\n")
+    return results
+
+
+def measure(name, data, device, workers, aug):
+    """mIoU, mAcc and aAcc of a published model on a data set, in percent."""
+    model, config = load_model(name)
+    check_classes(data, config, name)
+    loader = evaluation_loader(data, workers)
+    result = evaluate(for_inference(model, device), data, loader, config, aug)
+    return {key: 100 * result[key] for key in ("mIoU", "mAcc", "aAcc")}
+
+
+def row(name, model, results):
+    """A model's line of the table. A cell is empty where nothing was published, or measured."""
+    cells = [name]
+    for mode, key in MODES.items():
+        published = model[key]
+        measured = results.get((file_of(model), mode), {}).get("mIoU")
+        difference = None if None in (published, measured) else measured - published
+        forms = ((published, ".2f"), (measured, ".2f"), (difference, "+.2f"))
+        cells += ["" if value is None else format(value, form) for value, form in forms]
+    return f"| {' | '.join(cells)} |"
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="published names or patterns (default: all with a data set in data/)")
+    add("--data-root", help="the folder of the models' data set (default: its name below data/)")
+    add("--plain", action="store_true", help="leave out multi-scale + flip, which has 17 times as many pixels")
+    add("--out", default="reproduce.jsonl", help="the file of results (default: reproduce.jsonl)")
+    add("--workers", type=whole_number, default=2, help="processes that read images (default: 2)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    device = start_process()
+    rank, world = rank_and_world()
+    models = select(args.names, args.data_root)
+    datasets = {name: name.rpartition("_")[2] for name in models}
+    opened = {dataset: open_data(dataset, args.data_root, "val") for dataset in sorted(set(datasets.values()))}
+    results = share(lambda: read_results(args.out))
+    failed = set()
+    for name, mode in product(models, ["plain"] if args.plain else MODES):
+        data = opened[datasets[name]]
+        key = file_of(models[name]), mode
+        images = results.get(key, {}).get("images", len(data))
+        if images != len(data):
+            raise InputError(f"{args.out}: {name} was measured on {images} images, not {len(data)}; name another --out")
+        if key in results or name in failed:
+            continue
+        try:
+            figures = measure(name, data, device, args.workers, mode == "ms+flip")
+        except Exception as error:
+            if world > 1 or explain(error) is None:  # one of several processes cannot go on alone
+                raise
+            print(f"{name}: {explain(error)}", file=sys.stderr)
+            failed.add(name)
+            continue
+        results[key] = dict(zip(("published", "mode"), key, strict=True)) | {"images": len(data)} | figures
+        if rank == 0:
+            with open(args.out, "a") as file:
+                file.write(json.dumps(results[key]) + "\n")
+            print(f"{name}, {mode}: mIoU {figures['mIoU']:.2f}", flush=True)
+    if rank == 0:
+        print(HEAD, *(row(name, model, results) for name, model in models.items()), sep="\n")
+    if failed:
+        raise InputError(f"{len(failed)} of {len(models)} models could not be evaluated; the same command tries again")
+
+
+if __name__ == "__main__":
+    run_command(main)
