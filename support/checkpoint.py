@@ -258,7 +258,7 @@ def load_backbone(model, source, depth):
         return
     if source == "imagenet":
         if depth not in zoo.BACKBONES:
-            raise InputError(f"--pretrained imagenet: there are such weights for depth 50 and 101, not {depth}")
+            raise InputError(f"--pretrained imagenet: there are such weights for depth 18, 50 and 101, not {depth}")
         source = zoo.BACKBONES[depth]
     try:
         saved = read(zoo.locate(source))

@@ -18,6 +18,7 @@ from support import layouts, run, scenes
 from support.checkpoint import CONFIG, MODELS, load, set_stride
 from support.command import InputError, Parser, positive, whole_number
 from support.processes import check_same, gather, has_begun, rank_and_world, share
+from support.zoo import BACKBONES
 
 LOCAL = ("data_root", "cache", "workers")  # each machine may have its own
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: the type of mixed precision
@@ -95,7 +96,7 @@ class Settings:
     accumulate: int = setting("batches per step", 1, free=True, type=positive)
     iters: int = setting("steps", type=positive)
     lr: float | int = setting("the first learning rate", type=rate)
-    pretrained: str = setting("the backbone's weights: imagenet (for depth 50 and 101), none, a file or a URL")
+    pretrained: str = setting("the backbone's weights: imagenet (but for depth 34), none, a file or a URL")
     init: str | None = setting("start from the weights of a checkpoint: file, folder, URL or published name", None)
     class_weights: list | None = setting("in the loss: one per class, or: balanced", None, nargs="+", metavar="W")
     amp: str = setting("mixed precision", "none", choices=tuple(AMP))
@@ -117,13 +118,15 @@ def defaults(given):
     """The settings that have no default of their own: what follows from the data set, depth and crop in `given`."""
     preset = PRESETS[given.get("dataset", "shapes")]
     crop_size = given.get("crop_size", preset.crop_size)
+    drawn = preset.data in (scenes.shapes, scenes.context)  # which need no downloads
+    has_weights = given.get("depth", preset.depth) in BACKBONES
     return {
         "depth": preset.depth,
         "crop_size": list(preset.crop_size),
         "batch_size": preset.batch_size,
         "iters": preset.iters,
         "lr": preset.lr,
-        "pretrained": "imagenet" if given.get("depth", preset.depth) >= 50 else "none",
+        "pretrained": "imagenet" if has_weights and not drawn else "none",
         "scale": preset.scale and list(preset.scale),
         "align_corners": preset.align_corners,
         "stride": preset.stride and [min(pair) for pair in zip(preset.stride, crop_size, strict=True)],

@@ -21,7 +21,11 @@ from support.command import InputError
 from support.files import lock_file
 
 BACKBONES_URL = "https://download.openmmlab.com/pretrain/third_party"
-BACKBONES = {50: f"{BACKBONES_URL}/resnet50_v1c-2cccc1ad.pth", 101: f"{BACKBONES_URL}/resnet101_v1c-e67eebb6.pth"}
+BACKBONES = {
+    18: f"{BACKBONES_URL}/resnet18_v1c-b5776b93.pth",
+    50: f"{BACKBONES_URL}/resnet50_v1c-2cccc1ad.pth",
+    101: f"{BACKBONES_URL}/resnet101_v1c-e67eebb6.pth",
+}
 
 
 def published():

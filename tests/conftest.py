@@ -110,10 +110,10 @@ def read_log(run):
 SMALL = ("--depth", 18, "--crop-size", 32, 32, "--batch-size", 2)
 
 
-def train_arguments(folder, out, iters=4, workers=1):
+def train_arguments(folder, out, iters=4, workers=1, weights=("--pretrained", "none")):
     """train.py and its arguments, for a small run on own images."""
     where = ("--dataset", "folder", "--data-root", folder, "--out", out)
-    return ["train.py", *where, *SMALL, "--workers", workers, "--iters", iters]
+    return ["train.py", *where, *SMALL, *weights, "--workers", workers, "--iters", iters]
 
 
 def start(arguments, place, **options):

@@ -175,9 +175,9 @@ def test_weights_without_the_blocks_leave_them_fresh(tmp_path):
 def test_commands(folder, run_inside, tmp_path):
     """Training, resuming, evaluating and predicting build the model that the run names."""
     torch.save(published("gcnet", classes=3), tmp_path / "plain.pth")
-    arguments = (*train_arguments(folder, "run", 1, workers=0)[1:], "--gc-backbone", 16, "--init", "plain.pth")
+    arguments = train_arguments(folder, "run", 1, workers=0, weights=("--init", "plain.pth"))[1:]
     note = "all weights, classifiers too; the backbone's GC blocks start anew"
-    assert note in run_inside(train, *arguments)
+    assert note in run_inside(train, *arguments, "--gc-backbone", 16)
     state = checkpoint.load(tmp_path / "run/last.pt")
     assert state["config"]["gc_backbone"] == 16
     assert state["model"]["backbone.layer2.0.context_block.channel_add_conv.0.weight"].shape == (8, 128, 1, 1)

@@ -85,6 +85,7 @@ def test_one_training_step_executes_few_files(folder):
     """From image files to updated weights: at most 6 files of this repository, with at most 850 lines in them."""
     settings = Settings(**defaults({"dataset": "folder", "depth": 18}) | {"dataset": "folder", "depth": 18})
     settings.data_root, settings.crop_size, settings.workers = str(folder), [32, 32], 0
+    settings.pretrained = "none"
     data = open_data("folder", folder, "train")
     complete(settings, Path("run"), data, data)
     state = train.initial_state(settings, torch.device("cpu"), Path("run"))

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import train_arguments
 from PIL import Image
 
 import train
@@ -189,8 +190,8 @@ def test_class_weights(folder, run_inside, monkeypatch):
     for given in (["1", "2"], ["1", "x", "2"], ["1", "-1", "1"], ["1", "inf", "1"], ["0", "0", "0"]):
         with pytest.raises(InputError, match="class-weights: takes 'balanced' or 3 numbers"):
             class_weights(given, data, "cpu", 0)
-    common = ("--dataset", "folder", "--data-root", folder, "--depth", 18, "--crop-size", 32, 32, "--iters", 1)
-    assert "mIoU" in run_inside(train, *common, "--workers", 0, "--class-weights", "balanced")
+    arguments = train_arguments(folder, "run", 1, workers=0)[1:]
+    assert "mIoU" in run_inside(train, *arguments, "--class-weights", "balanced")
     shares = []
     for rank in range(4):
         monkeypatch.setattr("support.scan.rank_and_world", lambda rank=rank: (rank, 4))

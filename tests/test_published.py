@@ -9,8 +9,9 @@ import threading
 import time
 
 import pytest
+import reference
 import torch
-from conftest import ROOT, SLIDE, published
+from conftest import ROOT, SLIDE, published, train_arguments
 from PIL import Image
 
 import evaluate
@@ -188,21 +189,33 @@ def test_files_that_are_refused_say_why(tmp_path):
         checkpoint.load("gcnet_r50-d8_512x512_80k_ade")
 
 
-def test_imagenet_backbone(tmp_path):
+def test_imagenet_backbone(tmp_path, monkeypatch):
     """ResNet-v1c files hold the classifier fc.* too; anything else must fit exactly."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(zoo, "fits_name", lambda path: (True, ""))
+    shapes = {name: shape for name, shape in reference.keys("fcn", 18).items() if name.startswith("backbone.")}
+    weights = {
+        name[len("backbone.") :]: torch.full(shape, 0.5) if shape else torch.tensor(0) for name, shape in shapes.items()
+    }
+    asked = []
+    file = weights | {"fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}
+    monkeypatch.setattr(zoo, "fetch", lambda url, out: (asked.append(url), torch.save(file, out)))
     model = checkpoint.MODELS["fcn"](4, 18)
-    weights = {key: torch.full_like(value, 0.5) for key, value in model.backbone.state_dict().items()}
-    torch.save(weights | {"fc.weight": torch.ones(2, 2)}, tmp_path / "backbone.pth")
-    checkpoint.load_backbone(model, tmp_path / "backbone.pth", 18)
+    checkpoint.load_backbone(model, "imagenet", 18)
     assert all((parameter == 0.5).all() for parameter in model.backbone.parameters())
+    assert asked == ["https://download.openmmlab.com/pretrain/third_party/resnet18_v1c-b5776b93.pth"]
+    with pytest.raises(InputError, match="--pretrained imagenet: there are such weights for depth 18, 50 and 101, not"):
+        checkpoint.load_backbone(model, "imagenet", 34)
     torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "torchvision.pth")
     with pytest.raises(InputError, match="torchvision.pth: does not fit"):
         checkpoint.load_backbone(model, tmp_path / "torchvision.pth", 18)
 
 
-def test_without_network_the_way_on_is_named(run_inside, tmp_path, monkeypatch):
+def test_without_network_the_way_on_is_named(folder, run_inside, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing answers there
-    message = run_inside(train, "--depth", 50, "--iters", 1, fails=True)
-    assert "--pretrained none" in message and "resnet50_v1c-2cccc1ad.pth" in message and str(tmp_path) in message
+    for depth, file in ((18, "resnet18_v1c-b5776b93.pth"), (50, "resnet50_v1c-2cccc1ad.pth")):
+        arguments = train_arguments(folder, "run", 1, workers=0, weights=("--depth", depth))[1:]
+        message = run_inside(train, *arguments, fails=True)
+        assert "--pretrained none" in message and file in message and str(tmp_path) in message
     assert "cannot be fetched" in run_inside(evaluate, "gcnet_r50-d8_512x512_80k_ade20k", fails=True)

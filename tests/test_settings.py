@@ -59,6 +59,13 @@ def test_presets_are_the_published_recipes():
     assert PRESETS["cityscapes769"].data is PRESETS["cityscapes"].data
 
 
+@pytest.mark.parametrize("depth, weights", [(18, "imagenet"), (34, "none"), (50, "imagenet"), (101, "imagenet")])
+def test_where_there_are_imagenet_weights_they_are_the_default(depth, weights, parse):
+    for name in PRESETS:
+        drawn = name in ("shapes", "context")  # with which a run needs no downloads
+        assert parse("--dataset", name, "--depth", str(depth))[0].pretrained == ("none" if drawn else weights)
+
+
 def test_a_resumed_run_keeps_its_settings(parse):
     config, out = parse("--dataset", "cityscapes769", "--crop-size", "600", "500", "--seed", "3")
     assert config.stride == [513, 500] and config.align_corners and config.scale == [2049, 1025]
