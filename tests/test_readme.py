@@ -33,3 +33,10 @@ def test_every_tool_explains_itself(tool, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(f"tools.{tool}").main()
     assert f"python -m tools.{tool}" in capsys.readouterr().out
+
+
+def test_uv_and_pip_install_the_same():
+    text = (ROOT / "pyproject.toml").read_text()
+    declared = re.search(r"^dependencies = \[.*?\n(.*?)^\]", text, re.M | re.S)[1]
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    assert re.findall(r'^    "(.*)",$', declared, re.M) == [line.partition("#")[0].strip() for line in required]
