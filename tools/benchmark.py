@@ -65,7 +65,7 @@ def peak_memory():
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
     # Not ru_maxrss, which a process inherits from the one that started it.
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def reset_peak():
