@@ -1,8 +1,9 @@
-"""What the README says is true: its map names every file, its commands exist."""
+"""What the pages say is true: the map names every file, commands exist, quoted lines are those of the code."""
 
 import importlib
 import re
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -23,7 +24,7 @@ def test_every_command_on_the_pages_exists():
     for page in ROOT.glob("*.md"):
         for tool in re.findall(r"python -m tools\.([a-z]\w*)", page.read_text()):
             assert (ROOT / "tools" / f"{tool}.py").exists(), (page, tool)
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)#]+)\)", re.sub("```.*?```", "", page.read_text(), flags=re.S)):
             assert link.startswith("http") or (ROOT / link).exists(), (page, link)
 
 
@@ -33,6 +34,17 @@ def test_every_tool_explains_itself(tool, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(f"tools.{tool}").main()
     assert f"python -m tools.{tool}" in capsys.readouterr().out
+
+
+def test_every_quotation_is_what_the_file_says():
+    blocks = re.findall(r"```python\n# (\S+\.py)(?:, ([\w.]+))?\n(.*?)```", (ROOT / "READING.md").read_text(), re.S)
+    assert len(blocks) >= 15
+    for name, place, quoted in blocks:
+        text = (ROOT / name).read_text()
+        for part in place.split(".") if place else ():
+            text = text[re.search(rf"^ *(?:def|class) {part}\b", text, re.M).start() :]
+        indents = re.findall(rf"^( *){re.escape(quoted.splitlines()[0])}$", text, re.M)
+        assert any(textwrap.indent(quoted, indent) in text for indent in indents), (name, quoted)
 
 
 def test_uv_and_pip_install_the_same():
