@@ -261,7 +261,7 @@ def parse_arguments():
     maps = parser.add_mutually_exclusive_group()
     maps.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
     maps.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures, with the confusion matrix")
+    parser.add_argument("--json", metavar="FILE", help="write all figures; FILE.png shows the confusion matrix")
     parser.add_stride()
     parser.add_device()
     parser.add_argument("--amp", choices=AMP, default="none", help="mixed precision (default: none)")
@@ -306,7 +306,7 @@ def main():
     maps = LabelMaps(Path(folder), data, bool(args.submit)) if folder else None
     if args.json and not data.labelled:
         raise InputError(f"--json: the split {data.split!r} has no labels")
-    result_file = ResultFile(args.json) if args.json else None
+    result_file = ResultFile(Path(args.json)) if args.json else None
     model = for_inference(model, device, AMP[args.amp], args.compile)
     loader = evaluation_loader(data, args.workers)
     result = evaluate(model, data, loader, config, args.aug, maps and maps.save)
@@ -314,7 +314,9 @@ def main():
         if not math.isnan(result["aAcc"]):
             print(report(result, data.classes))
         if result_file:
-            about = {"checkpoint": str(source), "split": data.split, "images": len(data), "aug": args.aug}
+            about = {"checkpoint": str(source), "dataset": data.name, "split": data.split, "images": len(data)}
+            about |= {name: config[name] for name in ("scale", "crop_size", "stride")}
+            about |= {"aug": args.aug, "amp": args.amp}
             result_file.write(result, data.classes, about)
         if folder:
             print(f"{len(data)} label maps in {folder}/")

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=4 train.py --model gcnet --dataset ade20k
     python train.py --resume --out runs/gcnet-r18-shapes         # continues an interrupted run
 
-A run lives in one folder: config.json, last.pt, best.pt, log.jsonl, samples/*.png. Ctrl-C leaves a checkpoint.
+A run lives in one folder: config.json, last.pt, best.pt, log.jsonl, samples/*.png, and report.html, which shows it all.
+Ctrl-C leaves a checkpoint.
 """
 
 import copy
@@ -114,7 +115,7 @@ def main():
                 run.say(f"stopped after iteration {state.iteration} and saved; go on with --resume --out {out}")
                 sys.exit(128 + (signals or [signal.SIGTERM])[0])  # another process may have received it
     run.say(report(result, settings.classes))
-    run.say(f"picture: {run.picture_path(settings.iters)}   best checkpoint: {out / 'best.pt'} ({state.best_miou:.2%})")
+    run.say(f"page: {out / 'report.html'}   best checkpoint: {out / 'best.pt'} ({state.best_miou:.2%})")
 
 
 def initial_state(settings, device, out, saved=None, leader=0):

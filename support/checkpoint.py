@@ -158,7 +158,7 @@ def set_stride(config, stride):
 
 def is_pair(value):
     """Whether a value of a config is a size: two whole numbers from 1."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and 0 < v < 2**31 for v in value)
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and 0 < v < 2**20 for v in value)
 
 
 def is_colour(value):
@@ -190,7 +190,7 @@ def load_weights(module, weights, source):
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].split(",")[0].strip()
+        first = str(error).splitlines()[1].split('", ')[0].strip()
         raise InputError(f"{source}: does not fit the model ({first})") from None
     for name, value in module.state_dict().items():
         if not value.isfinite().all():

@@ -119,7 +119,9 @@ class LabelMaps:
         """Writes the prediction uint8 (H, W) on item i."""
         if self.values is None:
             picture = Image.fromarray(np.asarray(prediction))
-            picture.putpalette(np.array(self.data.palette, np.uint8).tobytes())
+            table = np.zeros((256, 3), np.uint8)  # of fewer colours Pillow would make fewer bits
+            table[: len(self.data.palette)] = self.data.palette
+            picture.putpalette(table.tobytes())
         else:
             picture = Image.fromarray(np.array(self.values, np.uint8)[prediction])
         save_png(picture, self.path(self.data.files[i][0]))

@@ -29,7 +29,7 @@ def write_report(out, settings, lines, matrix):
         "run": out.resolve().name,
         "settings": settings,
         "curves": {name: curve(lines, name) for name in CURVES},
-        "IoU": [(line["iteration"], line["IoU"]) for line in lines if "IoU" in line],
+        "IoU": [(line["iteration"], line["IoU"]) for line in lines if line.get("IoU")],
         "matrix": matrix.tolist(),
         "pictures": pictures(out / "samples", [line["iteration"] for line in lines if "val_loss" in line]),
     }

@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from support.command import InputError
 from support.files import replace
 from support.pictures import INK, MARK, PAPER, refuse_to_replace, save_png
 
@@ -19,13 +22,18 @@ def without_nan(values):
 
 
 class ResultFile:
-    """FILE, in JSON, and beside it the picture of the confusion matrix, FILE.png. Raises InputError if one of them
-    would take the place of a file that was not written so."""
+    """FILE, in JSON, and beside it FILE.png, the picture of the confusion matrix. Raises InputError if one of them
+    could not be written, or would take the place of a file that was not written so."""
 
     def __init__(self, path):
         self.path = path
-        self.picture = path.with_suffix(".png")
+        self.picture = Path(f"{path}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"--json {path}: cannot be written; name a file in a folder that can be")
         refuse_to_replace([self.path, self.picture])
+        if path.exists() and path.read_bytes()[:1] != b"{":  # a page or a picture of these commands
+            raise InputError(f"--json {path}: is there already, and is no such file; move it, or name another")
 
     def write(self, result, names, about):
         """Writes evaluate.metrics(), all in 0..1, after what a dict tells about the evaluation. A matrix's row is the
@@ -34,7 +42,6 @@ class ResultFile:
         content = {"written by": MARK} | about | {name: result[name] for name in MEANS}
         content["classes"] = [dict(zip(("name", *OF_CLASSES), row, strict=True)) for row in values]
         content["confusion_matrix"] = result["matrix"].tolist()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         replace(self.path, lambda file: file.write(json.dumps(content, indent=1).encode()))
         save_png(confusion_picture(result["matrix"], names), self.picture)
 
@@ -45,6 +52,7 @@ def confusion_picture(matrix, names):
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     cell = min(max(1200 // len(names), 10), 48)
     font = ImageFont.load_default(min(cell - 2, 14))
+    names = [name if len(name) <= 24 else f"{name[:22]} ..." for name in names]
     margin = 12 + max(int(font.getlength(name)) for name in names)
     side = margin + cell * len(names) + 8
     canvas = Image.new("RGB", (side, side), PAPER)

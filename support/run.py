@@ -15,6 +15,7 @@ from tqdm import tqdm
 from support.checkpoint import save
 from support.command import InputError
 from support.files import lock_file, replace
+from support.images import VOID
 from support.pictures import compare, write_png
 from support.processes import gather, mark_begun, rank_and_world, sum_over_processes
 from support.report import write_report
@@ -96,7 +97,9 @@ class Run:
             raise InputError(f"iteration {iteration}: {what}")
         self.skipped += skipped
         if self.labelled is not None:
-            self.labelled += sum(torch.bincount(batch["label"].flatten(), minlength=256) for batch in batches)
+            for batch in batches:
+                self.labelled += torch.bincount(batch["label"].flatten(), minlength=256)
+                self.labelled[VOID] -= batch["label"].numel() - int(batch["valid"].prod(1).sum())  # the crops' padding
         speed = self.settings.effective_batch / seconds
         if iteration % max(self.settings.iters // 1000, 1) == 0:
             values = {"loss": loss, "aux_loss": aux_loss, "lr": lr}

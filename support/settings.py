@@ -91,7 +91,9 @@ class Settings:
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
     gc_backbone: int | None = setting("put GC blocks of this ratio into the ResNet", None, type=int, choices=(4, 16))
     crop_size: list = setting("of the training crops", type=positive, nargs=2, metavar=("H", "W"))
-    stride: list | None = setting("evaluate in crops this far apart", type=positive, nargs=2, metavar=("H", "W"))
+    stride: list | None = setting(
+        "evaluate in crops this far apart", free=True, type=positive, nargs=2, metavar=("H", "W")
+    )
     batch_size: int = setting("images per process; the preset's is made for 4 processes", free=True, type=positive)
     accumulate: int = setting("batches per step", 1, free=True, type=positive)
     iters: int = setting("steps", type=positive)

@@ -164,6 +164,8 @@ def test_indices_with_void_are_proposed_as_they_are(tmp_path, run_inside):
     [
         ("0 road\n1 car\n\n2", "table.txt: line 4: '2' is not a value"),
         ("0 road\n1,2 car", "table.txt: line 2: '1,2 car' is not a value"),
+        ("0 road\n0,0,300 car", "table.txt: line 2: 0,0,300: a colour has numbers from 0 to 255"),
+        (f"0 road\n{5000 * '9'} car", "table.txt: line 2: "),
         ("0 road\n#12345 car", "table.txt: line 2: "),
         ("0 road\n0 car", "table.txt: line 2: a second line for the value 0"),
         ("# nothing\n0 void", "table.txt: names 0 classes"),

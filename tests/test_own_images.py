@@ -14,6 +14,7 @@ import train
 from data import normalise
 from evaluate import slide_by_rows
 from resnet_d8 import FCN
+from support.pictures import save_png
 from support.scan import never_labelled
 from tools import check_data, predict
 
@@ -25,6 +26,12 @@ def binary(folder):
         Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
     (folder / "classes.txt").write_text("background\nroof\n")
     return folder
+
+
+def save_png_at(path):
+    """A picture as the commands write it."""
+    save_png(Image.new("L", (3, 2)), path)
+    return path
 
 
 # --------------------------------------------------------------------------------------------- classes without labels
@@ -48,6 +55,15 @@ def test_masks_of_0_and_255_are_explained(binary, run_inside, capsys):
     assert "train: of the labels none shows roof; all other pixels are 255" in capsys.readouterr().out
     said = run_inside(train, *train_arguments(binary, "run", 2, workers=0)[1:])
     assert said.count("warning: of the training labels so far none shows roof; all other pixels are 255") == 1
+
+
+def test_padding_of_the_crops_is_no_void(folder, run_inside):
+    """Images smaller than the crop whose labels hold neither 255 nor one of the classes."""
+    for path in (folder / "annotations").rglob("*.png"):
+        Image.fromarray(np.minimum(np.asarray(Image.open(path)) % 255, 0)).save(path)
+    arguments = train_arguments(folder, "run", 1, workers=0)[1:]
+    said = run_inside(train, *arguments, "--crop-size", 64, 64)
+    assert "of the training labels so far none shows house, tree\n" in said
 
 
 @pytest.mark.slow
@@ -113,7 +129,9 @@ def recomputed(folder, maps, count):
     matrix = np.zeros((count, count), int)
     for path in (folder / "annotations/val").rglob("*.png"):
         label = np.asarray(Image.open(path))
-        predicted = np.asarray(Image.open(maps / path.relative_to(folder / "annotations/val")))
+        saved = Image.open(maps / path.relative_to(folder / "annotations/val"))
+        assert saved.tile[0][3] == "P"  # of 8 bits; "P;2" has 2
+        predicted = np.asarray(saved)
         for row, column in zip(label[label < 255], predicted[label < 255], strict=True):
             matrix[row, column] += 1
     return matrix
@@ -143,7 +161,7 @@ def test_every_figure_of_the_json_can_be_recomputed(folder, run_inside, tmp_path
     for name, values in means.items():
         assert result[f"m{name}"] == pytest.approx(np.mean(values))
     assert result["aAcc"] == pytest.approx(matrix.trace() / matrix.sum())
-    assert Image.open(tmp_path / "figures/result.png").size[0] > 4 * 48
+    assert Image.open(tmp_path / "figures/result.json.png").size[0] > 4 * 48
 
 
 def test_the_json_replaces_its_own_kind_alone(folder, run_inside, tmp_path):
@@ -151,11 +169,19 @@ def test_the_json_replaces_its_own_kind_alone(folder, run_inside, tmp_path):
     arguments = (model, "--data-root", folder, "--workers", 0, "--json", "result.json")
     for _ in range(2):
         run_inside(evaluate, *arguments)
-    for name in ("result.json", "result.png"):
+    for name in ("result.json", "result.json.png"):
         kept = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(b"mine")
         assert f"{name}: is there already" in run_inside(evaluate, *arguments, fails=True)
         (tmp_path / name).write_bytes(kept)
+    label_map = save_png_at(tmp_path / "map.png")
+    for name, message in {
+        ".": "cannot be written",
+        "model.pt/x": "stands where a folder",
+        "map.png": "no such file",
+    }.items():
+        assert message in run_inside(evaluate, *arguments[:-1], name, fails=True)
+    assert label_map.read_bytes() == save_png_at(tmp_path / "other.png").read_bytes()
     shutil.rmtree(folder / "annotations/val")
     assert "--json: the split 'val' has no labels" in run_inside(evaluate, *arguments, "--save", "maps", fails=True)
 

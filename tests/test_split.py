@@ -101,3 +101,10 @@ def test_refusals(names, tmp_path, run_inside, monkeypatch):
         (tmp_path / "own" / taken).rmdir()
     (tmp_path / f"masks/{names[0]}.png").unlink()
     assert f"{names[0]}.png: has no label" in refuses(*COMMAND)
+
+
+def test_the_images_are_no_masks(names, run_inside, tmp_path):
+    assert "photos: is the folder of the images, too" in run_inside(
+        split, "photos", "photos", "--out", "own", fails=True
+    )
+    assert not (tmp_path / "own").exists()

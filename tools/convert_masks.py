@@ -29,7 +29,7 @@ from support.images import INVALID, VOID, open_image
 from support.layouts import ENDINGS, files_by_name, note_unused, read_lines
 
 RARE = 0.005  # of all pixels: in smeared masks, a value with fewer is not proposed as a class
-LINE = re.compile(r"(#[0-9a-f]{6}|\d+(?:\s*,\s*\d+){2,3}|-?\d+)\s+(\S.*)", re.I)
+LINE = re.compile(r"(#[0-9a-f]{6}|\d{1,3}(?:\s*,\s*\d{1,3}){2,3}|-?\d{1,10})\s+(\S.*)", re.I)
 
 
 def read_mask(path, colours):
@@ -108,6 +108,8 @@ def read_table(path):
             raise InputError(f"{path}: line {number}: {line!r} is not {form}")
         text, name = parts.groups()
         value = tuple(bytes.fromhex(text[1:]) if text[0] == "#" else map(int, text.split(",")))
+        if len(value) > 1 and max(value) > 255:
+            raise InputError(f"{path}: line {number}: {text}: a colour has numbers from 0 to 255")
         if value in table:
             raise InputError(f"{path}: line {number}: a second line for the value {text}")
         if name.lower() != "void" and name not in names:

@@ -46,6 +46,12 @@ def file_of(model):
     return model["url"].rpartition("/")[2]
 
 
+def fits(result):
+    """Whether a line of a file of results holds all that is read of it."""
+    kinds = {"published": str, "mode": str, "images": int, "mIoU": int | float}
+    return isinstance(result, dict) and all(isinstance(result.get(name), kind) for name, kind in kinds.items())
+
+
 def read_results(out):
     """{(published file, mode): result} of a file of results, which is made if there is none. A line that was cut off
     counts for nothing. Raises InputError if it is some other file."""
@@ -58,6 +64,8 @@ def read_results(out):
                 raise InputError(f"{out}: holds something else than results of this command; name another --out")
             with contextlib.suppress(ValueError):
                 result = json.loads(line)
+                if not fits(result):
+                    raise InputError(f"{out}: holds what is no result of this command: {line:.80}; name another --out")
                 results[result["published"], result["mode"]] = result
         if text and not text.endswith("\n"):
             file.write("\n")

@@ -75,6 +75,8 @@ def main():
             raise InputError(f"{folder}: there is no such folder")
         if args.out.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{args.out}: lies in {folder}; the data set needs a folder apart")
+    if args.images.resolve() == args.masks.resolve():
+        raise InputError(f"{args.masks}: is the folder of the images, too; masks need one of their own")
     for folder in (args.out / "images", args.out / "annotations"):
         if folder.exists():
             raise InputError(f"{folder}: is there already; name another folder than {args.out}")
