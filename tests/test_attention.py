@@ -145,6 +145,7 @@ def test_pictures_and_page(page):
     assert len(nonlocal_net["to_mean"]) == 240 and float(nonlocal_net["distance"]) > 0 == float(gcnet["distance"])
 
 
+@pytest.mark.slow
 def test_images_of_the_data_set(models, folder, tmp_path, run_script):
     done = run_script("tools.attention", models["gcnet"], "--data-root", folder, "--out", "to")
     assert done.stdout.strip() == "to/: pictures of 3 images"

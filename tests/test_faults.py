@@ -58,6 +58,7 @@ def own(trained, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies(folder, tmp_path):
     process = running(tmp_path, folder)
     os.kill(data_workers(process.pid)[0], signal.SIGKILL)  # of training; validation's come after it
@@ -67,7 +68,8 @@ def test_a_worker_that_dies(folder, tmp_path):
     assert message.startswith("train.py: error: a data-loading worker died") and "lower --workers" in message
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_all_its_processes(number, folder, tmp_path):
     """As torchrun, a scheduler or a terminal that closes send it."""
     process = start(train_arguments(folder, "run", 2000), tmp_path, start_new_session=True)
