@@ -13,31 +13,32 @@ from conftest import ROOT, make_folder, read_log, same_weights, train_arguments
 pytestmark = pytest.mark.slow
 
 
-def launch(place, name, arguments, port, nodes="2", restarts=3):
-    """An agent that works in the folder `name`, with its own cache of downloads."""
+ONCE_THERE = 'until (exec 3<>/dev/tcp/localhost/$0) 2>/dev/null; do sleep 0.1; done; exec "$@"'  # $0: a port
+
+
+def launch(place, name, arguments, port, nodes="2", restarts=3, **variables):
+    """An agent that works in the folder `name`, with its own cache of downloads. That of "a" keeps the rendezvous; the
+    other one starts once it answers."""
     (place / name).mkdir(exist_ok=True)
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run"]
     rendezvous.append("--rdzv-conf=join_timeout=40,last_call_timeout=5")  # how long agents wait for others
     options = [f"--nnodes={nodes}", "--nproc_per_node=1", f"--max-restarts={restarts}", *rendezvous]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(place / name / "home")}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1"} | variables
     output = open(place / name / "output.txt", "a")  # noqa: SIM115
-    command = [sys.executable, "-m", "torch.distributed.run", *options, ROOT / arguments[0], *arguments[1:]]
+    command = [] if name == "a" else ["bash", "-c", ONCE_THERE, port]
+    command += [sys.executable, "-m", "torch.distributed.run", *options, ROOT / arguments[0], *arguments[1:]]
     return subprocess.Popen(list(map(str, command)), cwd=place / name, env=environment, stdout=output, stderr=output)
 
 
-def launch_two(place, arguments, **options):
-    """Both agents. The first one keeps the rendezvous, and the run's folder if there is none yet."""
+def launch_two(place, arguments, order="ab", **options):
+    """Both agents, as [a, b]. The one started first is rank 0, since torchrun sorts by address and process number, and
+    keeps the run's folder if there is none yet."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    first = launch(place, "a", arguments, port, **options)
-    for _ in range(600):
-        with socket.socket() as client:
-            if client.connect_ex(("localhost", port)) == 0:
-                break
-        time.sleep(0.05)
-    return [first, launch(place, "b", arguments, port, **options)]
+    agents = {name: launch(place, name, arguments, port, **options) for name in order}
+    return [agents["a"], agents["b"]]
 
 
 def workers_of(agent):
@@ -72,8 +73,8 @@ def finish(agents, place, seconds=240):
 def two(folder, tmp_path):
     """Starts the same training on both machines; gives the agents."""
 
-    def begin(*extra, nodes="2"):
-        return launch_two(tmp_path, [*train_arguments(folder, "run", 30), *extra], nodes=nodes)
+    def begin(*extra, **options):
+        return launch_two(tmp_path, [*train_arguments(folder, "run", 30), *extra], **options)
 
     yield begin
     left = subprocess.run(["pgrep", "-af", str(tmp_path)], capture_output=True, text=True).stdout
@@ -112,11 +113,12 @@ def test_a_worker_is_killed(two, whole, tmp_path):
     assert same_weights(whole, last(tmp_path))
 
 
-def test_a_machine_is_lost(two, tmp_path):
-    """Its agent and its worker are killed. The other one goes on with the same images per step, from its own state or
-    from the beginning."""
-    agents = two(nodes="1:2")
+def test_the_machine_of_rank_0_is_lost(two, tmp_path):
+    """Its agent and its worker are killed, with the README's variable. The other one goes on with the same images per
+    step, from its own state or from the beginning."""
+    agents = two("--resume", nodes="1:2", order="ba", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     wait_for(lambda: progress(tmp_path) > 8, agents)
+    assert not (tmp_path / "a/run").exists()
     for pid in (agents[1].pid, *workers_of(agents[1])):
         os.kill(pid, signal.SIGKILL)
     assert finish(agents, tmp_path)[0] == 0

@@ -118,7 +118,7 @@ def main():
         check(files["model.onnx"], model)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        replace(out / name, lambda file: file.write(content))  # noqa: B023
+        replace(out / name, lambda file, content=content: file.write(content))
     print(f"{out}/: {', '.join(files)} ({sum(map(len, files.values())) / 1e6:.0f} MB)")
 
 
