@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import evaluate
 import train
 from gcnet import GCBlock, SimplifiedNonLocalBlock, add_gc_blocks
+from nonlocal_net import NonLocalBlock
 from resnet_d8 import FCN, ResNetD8
 from support import checkpoint
 from support.command import InputError
@@ -128,6 +129,19 @@ def test_parameters_on_kinetics():
     with torch.device("meta"):
         c3, c4, c5 = (millions(GCBlock(channels, 4)) for channels in (512, 1024, 2048))
     assert round(2 * c3 + 3 * c4, 2) == 1.85 and round(4 * c3 + 6 * c4 + 3 * c5, 1) == 10.0
+
+
+def test_parameters_of_one_block_or_five():
+    """What NL, SNL and GC add in GCNet's ImageNet and COCO tables (one block in c4) and in its Kinetics table (two
+    blocks in c3, three in c4). On COCO SNL has 45.45 here, and 45.4 in the paper."""
+    with torch.device("meta"):
+        nl = [millions(NonLocalBlock(channels)) for channels in (512, 1024)]
+        snl = [millions(SimplifiedNonLocalBlock(channels)) for channels in (512, 1024)]
+        gc16 = millions(GCBlock(1024, 16))
+    assert [round(25.557 + one, 2) for one in (nl[1], snl[1], gc16)] == [27.66, 26.61, 25.69]
+    assert [round(44.401 + one, 1) for one in (nl[1], gc16)] == [46.5, 44.5]
+    five = [2 * c3 + 3 * c4 for c3, c4 in (nl, snl)]
+    assert five == pytest.approx([39.81 - 32.45, 36.13 - 32.45], abs=0.01)  # differences of rounded figures
 
 
 @torch.no_grad()
