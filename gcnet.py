@@ -17,7 +17,7 @@ A non-local block weighs all positions anew for every query, yet the trained wei
     fusion                           x + ...; fusion="mul": x * sigmoid(...)
 
 The block sits between the two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models;
-`add_gc_blocks` puts it into the backbone, as in the paper's other experiments.
+`add_blocks` puts it, or another block, into the backbone, as in the paper's other experiments.
 """
 
 from torch import nn
@@ -83,17 +83,18 @@ class GCBlock(nn.Module):
         return global_attention_pooling(x, self.conv_mask) if self.conv_mask else x.mean((2, 3), keepdim=True)
 
 
-def add_gc_blocks(resnet, ratio):
-    """Ends each residual branch of layer2 to layer4, the paper's c3 to c5, with a GC block (section 5.1, "after 1x1").
-    Takes torchvision's ResNets too."""
-    for block in (*resnet.layer2, *resnet.layer3, *resnet.layer4):
-        last = "bn3" if hasattr(block, "bn3") else "bn2"
-        bn = getattr(block, last)
-        gc_block = GCBlock(len(bn.weight), ratio)
-        if hasattr(block, "context_block"):
-            block.context_block = gc_block
+def add_blocks(resnet, block, place):
+    """Ends residual branches with block(channels) (section 5.1, "after 1x1"): in the last residual block of res4, in
+    every other one of res3 and res4 (place "alternate"), or in all of res3 to res5. Takes torchvision's ResNets too."""
+    res3, res4, res5 = resnet.layer2, resnet.layer3, resnet.layer4
+    places = {"res4": res4[-1:], "alternate": (*res3[1::2], *res4[1::2]), "res3-res5": (*res3, *res4, *res5)}
+    for residual in places[place]:
+        last = "bn3" if hasattr(residual, "bn3") else "bn2"
+        context_block = block(len(getattr(residual, last).weight))
+        if hasattr(residual, "context_block"):
+            residual.context_block = context_block
         else:  # torchvision's
-            setattr(block, last, nn.Sequential(bn, gc_block))
+            setattr(residual, last, nn.Sequential(getattr(residual, last), context_block))
 
 
 class SNLHead(FCNHead):

@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.context_block = nn.Identity()  # gcnet.add_gc_blocks puts a GC block here
+        self.context_block = nn.Identity()  # where gcnet.add_blocks puts a block
         self.downsample = shortcut(in_channels, channels, stride)
         nn.init.zeros_(self.bn2.weight)  # each block starts as its shortcut
 
@@ -73,7 +73,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.context_block = nn.Identity()  # gcnet.add_gc_blocks puts a GC block here
+        self.context_block = nn.Identity()  # where gcnet.add_blocks puts a block
         self.downsample = shortcut(in_channels, out_channels, stride)
         nn.init.zeros_(self.bn3.weight)  # each block starts as its shortcut
 

@@ -16,13 +16,14 @@ import json
 import re
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ann import ANN
-from gcnet import GCNet, SNLNet, add_gc_blocks
-from nonlocal_net import NonLocalNet
+from gcnet import GCBlock, GCNet, SimplifiedNonLocalBlock, SNLNet, add_blocks
+from nonlocal_net import NonLocalBlock, NonLocalNet
 from resnet_d8 import FCN, ResNetD8
 from support import zoo
 from support.command import InputError
@@ -30,6 +31,21 @@ from support.files import replace
 from support.processes import gather, share
 
 MODELS = {"gcnet": GCNet, "nonlocal_net": NonLocalNet, "ann": ANN, "snlnet": SNLNet, "fcn": FCN}
+BLOCKS = {  # that train.py --blocks puts into the ResNet, each a function of the number of channels
+    "nl": NonLocalBlock,
+    "nl-gaussian": partial(NonLocalBlock, mode="gaussian"),
+    "nl-dot-product": partial(NonLocalBlock, mode="dot_product"),
+    "nl-concatenation": partial(NonLocalBlock, mode="concatenation"),
+    "snl": SimplifiedNonLocalBlock,
+    "gc4": partial(GCBlock, ratio=4),
+    "gc8": partial(GCBlock, ratio=8),
+    "gc16": partial(GCBlock, ratio=16),
+    "gc32": partial(GCBlock, ratio=32),
+    "gc16-avg": partial(GCBlock, ratio=16, pooling="avg"),
+    "gc16-mul": partial(GCBlock, ratio=16, fusion="mul"),
+    "gc16-avg-mul": partial(GCBlock, ratio=16, pooling="avg", fusion="mul"),
+}
+PLACES = ("res4", "alternate", "res3-res5")  # see gcnet.add_blocks
 
 
 @dataclass
@@ -45,10 +61,25 @@ class State:
 
 def build_model(config):
     """A new model for a checkpoint's config, on the CPU."""
-    model = MODELS[config["model"]](len(config["classes"]), config["depth"], config["align_corners"])
-    if config.get("gc_backbone"):
-        add_gc_blocks(model.backbone, config["gc_backbone"])
+    options = {}
+    if config.get("cityscapes_ablation"):
+        options = {"stem_channels": 128, "aux_channels": 512}
+        if config["model"] == "nonlocal_net":
+            options["reduction"] = 4
+    model = MODELS[config["model"]](len(config["classes"]), config["depth"], config["align_corners"], **options)
+    if config.get("blocks"):
+        block, place = config["blocks"]
+        add_blocks(model.backbone, BLOCKS[block], place)
     return model
+
+
+def modernise(config):
+    """Brings the config of an earlier version up to date."""
+    ratio = config.pop("gc_backbone", None)
+    if ratio:
+        config["blocks"] = [f"gc{ratio}", "res3-res5"]
+    for name, value in {"data_root": None, "blocks": None, "cityscapes_ablation": False}.items():
+        config.setdefault(name, value)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -123,8 +154,7 @@ def load(source):
         raise InputError(f"{path}: is no checkpoint of a model; it has no config and model, nor state_dict and meta")
     if not isinstance(saved["model"], dict):
         raise InputError(f"{path}: its model is no dict of weights")
-    for name in ("data_root", "gc_backbone"):  # which earlier checkpoints lack
-        config.setdefault(name, None)
+    modernise(config)
     for name, sound in CONFIG.items():
         if name not in config:
             raise InputError(f"{path}: its config lacks {name}")
@@ -161,6 +191,11 @@ def is_pair(value):
     return isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and 0 < v < 2**20 for v in value)
 
 
+def is_placed_block(value):
+    """Whether a value of a config is a block and where it is."""
+    return isinstance(value, list) and value in [[block, place] for block in BLOCKS for place in PLACES]
+
+
 def is_colour(value):
     return isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value)
 
@@ -170,7 +205,8 @@ CONFIG = {
     "model": lambda value: isinstance(value, str) and value in MODELS,
     "depth": lambda value: type(value) is int and value in ResNetD8.BLOCKS,
     "align_corners": lambda value: isinstance(value, bool),
-    "gc_backbone": lambda value: value is None or type(value) is int and value in (4, 16),
+    "blocks": lambda value: value is None or is_placed_block(value),
+    "cityscapes_ablation": lambda value: isinstance(value, bool),
     "dataset": lambda value: isinstance(value, str),
     "data_root": lambda value: value is None or isinstance(value, str),
     "scale": lambda value: value is None or is_pair(value),
@@ -248,7 +284,7 @@ def load_initial(model, settings, leader):
 
 
 def context_blocks(module):
-    """The weights of a backbone's GC blocks: a file without them leaves them as they start, the identity."""
+    """The weights of the blocks in a backbone: a file without them leaves them as they start, the identity."""
     return {key: value for key, value in module.state_dict().items() if ".context_block." in key}
 
 
@@ -281,5 +317,5 @@ def load_init(model, source):
     kept = {key for key in weights if "conv_seg" in key and key in own and weights[key].shape != own[key].shape}
     load_weights(model, {key: own[key] if key in kept else weights[key] for key in weights}, source)
     classifiers = "but the classifiers, which start anew: other classes" if kept else "classifiers too"
-    fresh = "; the backbone's GC blocks start anew" if len(weights) > len(given) else ""
+    fresh = "; the backbone's blocks start anew" if len(weights) > len(given) else ""
     print(f"--init {source}: all weights, {classifiers}{fresh}")

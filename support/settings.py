@@ -15,7 +15,7 @@ import torch
 
 from resnet_d8 import ResNetD8
 from support import layouts, run, scenes
-from support.checkpoint import CONFIG, MODELS, load, set_stride
+from support.checkpoint import BLOCKS, CONFIG, MODELS, PLACES, load, modernise, set_stride
 from support.command import InputError, Parser, positive, whole_number
 from support.processes import check_same, gather, has_begun, rank_and_world, share
 from support.zoo import BACKBONES
@@ -89,7 +89,15 @@ class Settings:
     dataset: str = setting("also selects the preset; shapes and context are drawn", "shapes", choices=tuple(PRESETS))
     data_root: str | None = setting("the data set's folder (default: its name below data/)", None, True, type=absolute)
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
-    gc_backbone: int | None = setting("put GC blocks of this ratio into the ResNet", None, type=int, choices=(4, 16))
+    blocks: list | None = setting(
+        f"put blocks into the ResNet: one of {', '.join(BLOCKS)}; and where: {', '.join(PLACES)}",
+        None,
+        nargs=2,
+        metavar=("BLOCK", "PLACE"),
+    )
+    cityscapes_ablation: bool = setting(
+        "as in GCNet's ablation: stem of 128 channels, auxiliary head of 512, NL in a quarter", False
+    )
     crop_size: list = setting("of the training crops", type=positive, nargs=2, metavar=("H", "W"))
     stride: list | None = setting(
         "evaluate in crops this far apart", free=True, type=positive, nargs=2, metavar=("H", "W")
@@ -121,7 +129,7 @@ def defaults(given):
     preset = PRESETS[given.get("dataset", "shapes")]
     crop_size = given.get("crop_size", preset.crop_size)
     drawn = preset.data in (scenes.shapes, scenes.context)  # which need no downloads
-    has_weights = given.get("depth", preset.depth) in BACKBONES
+    has_weights = given.get("depth", preset.depth) in BACKBONES and not given.get("cityscapes_ablation")
     return {
         "depth": preset.depth,
         "crop_size": list(preset.crop_size),
@@ -149,6 +157,8 @@ def parse(description):
     if out is None:
         new = Settings(**defaults(given) | given)
         out = f"runs/{new.model}-r{new.depth}-{new.dataset}"
+    if not CONFIG["blocks"](given.get("blocks")):
+        raise InputError(f"--blocks {' '.join(given['blocks'])}: is no BLOCK and PLACE; --help names them")
     if "init" in given and "pretrained" in given:
         raise InputError("--init and --pretrained: a run starts from one of them")
     return given, Path(os.path.expanduser(out)), resume, device_name
@@ -240,6 +250,7 @@ def decide(given, out, resume):
 def read_settings(out):
     """The settings in a run's config.json, edited or not. Raises InputError where an option would not take them."""
     saved = run.read_config(out)
+    modernise(saved)
     path = out / "config.json"
     known = {each.name: each for each in fields(Settings)}
     for name, value in saved.items():

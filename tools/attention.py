@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ann import AsymmetricNonLocalBlock
+from ann import AFNB, APNB, AsymmetricNonLocalBlock
 from evaluate import data_of, predict
+from gcnet import GCBlock, SimplifiedNonLocalBlock
 from nonlocal_net import NonLocalBlock
 from support import zoo
 from support.checkpoint import load_model
@@ -42,12 +43,12 @@ from support.processes import start_process
 from support.run import newest_checkpoint
 from support.settings import PRESETS
 
-BLOCKS = {  # by their names below decode_head
-    "nl_block": "non-local block",
-    "snl_block": "SNL block (one map for all queries)",
-    "gc_block": "GC block (one map for all queries)",
-    "fusion.stages.0": "AFNB (110 samples)",
-    "context.stages.0": "APNB (110 samples)",
+TITLES = {
+    NonLocalBlock: "non-local block",
+    SimplifiedNonLocalBlock: "SNL block (one map for all queries)",
+    GCBlock: "GC block (one map for all queries)",
+    AFNB: "AFNB (110 samples)",
+    APNB: "APNB (110 samples)",
 }
 PUBLISHED = {  # by GCNet's authors, of trained embedded Gaussian blocks: input, attention, output
     "COCO": (0.401, 0.020, 0.012),
@@ -74,13 +75,24 @@ class Seen(NamedTuple):
     output: torch.Tensor  # float (C, H, W), before it is added to the input or, in ANN, concatenated
 
 
+def titles_of(model):
+    """{context block: its title} of a model."""
+    titles = {}
+    for name, module in model.named_modules():
+        if type(module) in TITLES:
+            block = module.stages[0] if isinstance(module, AFNB | APNB) else module
+            place = name.removeprefix("backbone.").removesuffix(".context_block")
+            titles[block] = TITLES[type(module)] + (f" in {place}" if name.startswith("backbone.") else "")
+    return titles
+
+
 def query_and_key(block, x, y=None):
     """The two of Seen for each of N images, of a block's inputs (N, C, H, W): one, or ANN's two."""
     if isinstance(block, AsymmetricNonLocalBlock):
         query, key = block.query_project(x), block.pool(block.key_project(y))
         query = query * key.shape[1] ** -0.5
     elif not isinstance(block, NonLocalBlock):  # GC and SNL: one logit for each position
-        key = block.conv_mask(x)
+        key = block.conv_mask(x) if block.conv_mask else torch.zeros_like(x[:, :1])
         query = torch.ones_like(key)
     elif block.mode == "embedded_gaussian":
         query, key = block.theta(x), block.phi(x)
@@ -97,7 +109,7 @@ def observe(model, image, config):
     """A list of Seen, one for each context block, and for each window if the config says so; the arguments are those
     of evaluate.predict, which also prepares the image."""
     seen = []
-    titles = {block: BLOCKS[name] for name, block in model.decode_head.named_modules() if name in BLOCKS}
+    titles = titles_of(model)
 
     def look(block, inputs, output):
         pooled = isinstance(block, AsymmetricNonLocalBlock)
@@ -266,8 +278,8 @@ def load_models(sources, device):
     models = []
     for source in sources:
         model, config = load_model(source)
-        if config["model"] == "fcn":
-            raise InputError(f"{source}: is an FCN, which has no context block, so no attention")
+        if not titles_of(model):
+            raise InputError(f"{source}: has no context block, so no attention")
         models.append((source, model.eval().to(device, memory_format=torch.channels_last), config))
     return models
 

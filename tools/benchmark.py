@@ -6,6 +6,7 @@
     python -m tools.benchmark data --dataset cityscapes           # training samples of one core
     python -m tools.benchmark table                               # all models, beside the published figures
     python -m tools.benchmark grow                                # the blocks against the number of positions
+    python -m tools.benchmark papers                              # the sizes in GCNet's tables
 
 A time is the median of --repeat runs after --warmup others. Memory is the peak: what the GPU has allocated, or what of
 the process is resident.
@@ -33,7 +34,7 @@ from evaluate import predict, slide_inference
 from gcnet import GCBlock
 from nonlocal_net import NonLocalBlock
 from resnet_d8 import ResNetD8
-from support import zoo
+from support import papers, zoo
 from support.checkpoint import MODELS, build_model
 from support.command import InputError, Parser, positive, run_command, whole_number
 from support.fast import for_inference
@@ -251,8 +252,24 @@ def grow(args):
     print(args.out)
 
 
+PAPERS_HEAD = """Parameters (M) and multiply-adds (G) here, and as published in GCNet's tables.
+
+| task | block | place | parameters | published | multiply-adds | published | not met |
+|---|---|---|--:|--:|--:|--:|---|"""
+
+
+def sizes(args):
+    """Prints the models of GCNet's tables."""
+    print(PAPERS_HEAD)
+    for row in papers.ROWS:
+        parameters, multiply_adds = papers.measure(row)
+        counts = [f"{parameters:.2f}", row.parameters, f"{multiply_adds:.2f}" if multiply_adds else "-"]
+        cells = [row.task, row.block or "-", row.place or "-", *counts, row.multiply_adds or "-"]
+        print(" | ".join(["", *map(str, cells), papers.UNMET.get(row, ""), ""]).strip(), flush=True)
+
+
 MEASURED = {"infer": infer, "aug": infer, "train": train, "data": data}  # tasks of one measurement
-PRINTED = {"table": table, "grow": grow}  # tasks that print their own
+PRINTED = {"table": table, "grow": grow, "papers": sizes}  # tasks that print their own
 
 
 def parse_arguments():

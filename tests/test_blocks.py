@@ -1,4 +1,6 @@
-"""GCNet's general framework, and GC blocks in the backbone, this project's and torchvision's: the published sizes."""
+"""GCNet's general framework, and blocks in the backbone, this project's and torchvision's: the published sizes."""
+
+import json
 
 import numpy as np
 import pytest
@@ -6,14 +8,13 @@ import reference
 import torch
 from conftest import published, train_arguments
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import train
-from gcnet import GCBlock, SimplifiedNonLocalBlock, add_gc_blocks
-from nonlocal_net import NonLocalBlock
+from gcnet import GCBlock, SimplifiedNonLocalBlock, add_blocks
 from resnet_d8 import FCN, ResNetD8
-from support import checkpoint
+from support import checkpoint, papers
+from support.checkpoint import BLOCKS, PLACES
 from support.command import InputError
 from tools import predict
 
@@ -73,7 +74,7 @@ def test_positions_of_a_video_are_all_alike(pooling):
 @torch.no_grad()
 def test_backbone_is_the_references(ratio):
     backbone = ResNetD8(50)
-    add_gc_blocks(backbone, ratio)
+    add_blocks(backbone, BLOCKS[f"gc{ratio}"], "res3-res5")
     backbone, names = by_name(backbone, "backbone.")
     published = [name.removeprefix("backbone.") for name in reference.keys("fcn", 50) if name.startswith("backbone.")]
     assert sorted(names) == GOLDEN["backbone_names"].tolist() and set(names) > set(published)
@@ -84,64 +85,32 @@ def test_backbone_is_the_references(ratio):
 # ------------------------------------------------------------------------------------------------- torchvision's models
 
 
-def millions(module):
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+def test_sizes_in_the_papers_tables():
+    """Every cell, but those that are listed with the reason."""
+    pytest.importorskip("torchvision.models.detection")
+    unmet = []
+    for row in papers.ROWS:
+        decimals = 1 if row.task.startswith("COCO") else 2
+        parameters, multiply_adds = papers.measure(row)
+        met = round(parameters, decimals) == row.parameters
+        if row.multiply_adds:
+            met = met and round(multiply_adds, 2) == row.multiply_adds
+        if not met:
+            unmet.append(row)
+    assert unmet == list(papers.UNMET) and len(papers.ROWS) == 22
 
 
-def test_parameters_and_multiply_adds_on_imagenet():
-    """GCNet's ImageNet table, ratio 16: ResNet-50, one block at the end of c4, blocks in all of c3 to c5."""
-    models = pytest.importorskip("torchvision.models")
-    found = []
-    with torch.device("meta"):
-        for blocks in ("none", "one", "all"):
-            model = models.resnet50().eval()
-            for block in model.modules():
-                if isinstance(block, models.resnet.Bottleneck):  # the paper's has the stride in the first convolution
-                    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-            if blocks == "one":
-                model.layer3[-1].bn3 = nn.Sequential(model.layer3[-1].bn3, GCBlock(1024, 16))
-            if blocks == "all":
-                add_gc_blocks(model, 16)
-            with FlopCounterMode(display=False) as counter:
-                model(torch.empty(1, 3, 224, 224))
-            found.append((round(millions(model), 2), round(counter.get_total_flops() / 2e9, 2)))
-    assert found == [(25.56, 3.86), (25.69, 3.86), (28.08, 3.87)]
-
-
-def test_parameters_of_mask_rcnn():
-    """GCNet's COCO tables; of R-101 with ratio 16 the paper has 68.1."""
-    detection = pytest.importorskip("torchvision.models.detection")
-    table = {(50, None): 44.4, (50, 16): 46.9, (50, 4): 54.4, (101, None): 63.4, (101, 16): 68.2, (101, 4): 82.4}
+def test_places():
+    """One block where the non-local paper has one; five, and all, of a ResNet-50."""
     found = {}
-    for depth, ratio in table:
+    for place in PLACES:
         with torch.device("meta"):
-            backbone = detection.backbone_utils.resnet_fpn_backbone(
-                backbone_name=f"resnet{depth}", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
-            )
-            if ratio:
-                add_gc_blocks(backbone.body, ratio)
-            found[depth, ratio] = round(millions(detection.MaskRCNN(backbone, 81)), 1)
-    assert found == table
-
-
-def test_parameters_on_kinetics():
-    """GCNet's Kinetics table, ratio 4: five blocks in c3 and c4, or blocks in all of c3 to c5."""
-    with torch.device("meta"):
-        c3, c4, c5 = (millions(GCBlock(channels, 4)) for channels in (512, 1024, 2048))
-    assert round(2 * c3 + 3 * c4, 2) == 1.85 and round(4 * c3 + 6 * c4 + 3 * c5, 1) == 10.0
-
-
-def test_parameters_of_one_block_or_five():
-    """What NL, SNL and GC add in GCNet's ImageNet and COCO tables (one block in c4) and in its Kinetics table (two
-    blocks in c3, three in c4). On COCO SNL has 45.45 here, and 45.4 in the paper."""
-    with torch.device("meta"):
-        nl = [millions(NonLocalBlock(channels)) for channels in (512, 1024)]
-        snl = [millions(SimplifiedNonLocalBlock(channels)) for channels in (512, 1024)]
-        gc16 = millions(GCBlock(1024, 16))
-    assert [round(25.557 + one, 2) for one in (nl[1], snl[1], gc16)] == [27.66, 26.61, 25.69]
-    assert [round(44.401 + one, 1) for one in (nl[1], gc16)] == [46.5, 44.5]
-    five = [2 * c3 + 3 * c4 for c3, c4 in (nl, snl)]
-    assert five == pytest.approx([39.81 - 32.45, 36.13 - 32.45], abs=0.01)  # differences of rounded figures
+            resnet = ResNetD8(50)
+            add_blocks(resnet, SimplifiedNonLocalBlock, place)
+        names = [name for name, module in resnet.named_modules() if isinstance(module, SimplifiedNonLocalBlock)]
+        found[place] = [name.removesuffix(".context_block").removeprefix("layer") for name in names]
+    assert found["res4"] == ["3.5"] and found["alternate"] == ["2.1", "2.3", "3.1", "3.3", "3.5"]
+    assert found["res3-res5"] == [f"{layer}.{i}" for layer, count in ((2, 4), (3, 6), (4, 3)) for i in range(count)]
 
 
 @torch.no_grad()
@@ -154,7 +123,7 @@ def test_blocks_in_torchvisions_resnet():
     for norm in (nn.BatchNorm2d, ops.FrozenBatchNorm2d):
         model = models.resnet18(norm_layer=norm).eval()
         before = model(images)
-        add_gc_blocks(model, 4)
+        add_blocks(model, GCBlock, "res3-res5")
         blocks = [module for module in model.modules() if isinstance(module, GCBlock)]
         assert len(blocks) == 6 and model(images).equal(before)
         block, x = model.layer4[1], torch.randn(2, 512, 2, 2)
@@ -171,7 +140,7 @@ def test_blocks_in_torchvisions_resnet():
 def test_weights_without_the_blocks_leave_them_fresh(tmp_path):
     """All other weights must be there."""
     config = {"model": "fcn", "classes": ["a", "b"], "depth": 18, "align_corners": False}
-    plain, model = FCN(2, 18), checkpoint.build_model(config | {"gc_backbone": 16})
+    plain, model = FCN(2, 18), checkpoint.build_model(config | {"blocks": ["gc16", "res3-res5"]})
     randomise(plain)
     torch.save(plain.backbone.state_dict(), tmp_path / "plain.pth")
     checkpoint.load_backbone(model, tmp_path / "plain.pth", 18)
@@ -190,10 +159,10 @@ def test_commands(folder, run_inside, tmp_path):
     """Training, resuming, evaluating and predicting build the model that the run names."""
     torch.save(published("gcnet", classes=3), tmp_path / "plain.pth")
     arguments = train_arguments(folder, "run", 1, workers=0, weights=("--init", "plain.pth"))[1:]
-    note = "all weights, classifiers too; the backbone's GC blocks start anew"
-    assert note in run_inside(train, *arguments, "--gc-backbone", 16)
+    note = "all weights, classifiers too; the backbone's blocks start anew"
+    assert note in run_inside(train, *arguments, "--blocks", "gc16", "res3-res5")
     state = checkpoint.load(tmp_path / "run/last.pt")
-    assert state["config"]["gc_backbone"] == 16
+    assert state["config"]["blocks"] == ["gc16", "res3-res5"]
     assert state["model"]["backbone.layer2.0.context_block.channel_add_conv.0.weight"].shape == (8, 128, 1, 1)
     assert state["model"]["backbone.layer4.1.context_block.channel_add_conv.3.weight"].abs().max() > 0
     image = folder / "images/val/scene1.png"
@@ -202,6 +171,56 @@ def test_commands(folder, run_inside, tmp_path):
     assert "1 images" in run_inside(predict, image, "--checkpoint", "run/last.pt")
 
     with pytest.raises(InputError, match="last.pt: does not fit.*context_block"):
-        checkpoint.load_init(checkpoint.build_model(state["config"] | {"gc_backbone": None}), tmp_path / "run/last.pt")
-    message = run_inside(train, "--resume", "--out", "run", "--gc-backbone", 4, fails=True)
-    assert message == "--gc-backbone 4: the run in run has 16"
+        checkpoint.load_init(checkpoint.build_model(state["config"] | {"blocks": None}), tmp_path / "run/last.pt")
+    message = run_inside(train, "--resume", "--out", "run", "--blocks", "gc4", "res3-res5", fails=True)
+    assert message == "--blocks ['gc4', 'res3-res5']: the run in run has ['gc16', 'res3-res5']"
+    for words in (("res4", "nl"), ("nl", "res5"), ("gc", "res4")):
+        message = run_inside(train, "--blocks", *words, "--out", "other", fails=True)
+        assert message == f"--blocks {' '.join(words)}: is no BLOCK and PLACE; --help names them"
+
+
+def test_checkpoints_and_runs_of_the_option_that_was(folder, run_inside, tmp_path):
+    """`gc_backbone`: 16 was GC blocks of that ratio in all of res3 to res5."""
+    run_inside(train, *train_arguments(folder, "run", 1, workers=0)[1:], "--blocks", "gc16", "res3-res5")
+    for name in ("best.pt", "last.pt"):
+        state = torch.load(tmp_path / "run" / name, weights_only=True)
+        del state["config"]["blocks"], state["config"]["cityscapes_ablation"]
+        state["config"]["gc_backbone"] = 16
+        torch.save(state, tmp_path / "run" / name)
+    path = tmp_path / "run/config.json"
+    path.write_text(json.dumps(state["config"]))
+    assert checkpoint.load(tmp_path / "run/last.pt")["config"]["blocks"] == ["gc16", "res3-res5"]
+    assert "mIoU" in run_inside(train, "--resume", "--out", "run")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_in_every_place_starts_as_the_identity_and_trains(block, place):
+    """But that a fusion by multiplication starts by halving the branch."""
+    config = {"model": "fcn", "classes": ["a", "b"], "depth": 18, "align_corners": False}
+    model = checkpoint.build_model(config | {"blocks": [block, place]})
+    plain = checkpoint.build_model(config)
+    for name, parameter in plain.named_parameters():
+        if ".bn2.weight" in name:
+            nn.init.ones_(parameter)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert model.eval()(images).allclose(plain.eval()(images), atol=1e-6) == ("mul" not in block)
+    sum(logits.square().mean() for logits in model.train()(images)).backward()
+    context_blocks = [module.context_block for module in model.modules() if hasattr(module, "context_block")]
+    added = [module for module in context_blocks if not isinstance(module, nn.Identity)]
+    assert len(added) == {"res4": 1, "alternate": 2, "res3-res5": 6}[place]
+    for module in added:
+        assert any(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+
+def test_the_cityscapes_ablation_is_one_option(folder, run_inside, tmp_path):
+    arguments = train_arguments(folder, "run", 1, workers=0)[1:]
+    run_inside(train, *arguments, "--model", "nonlocal_net", "--cityscapes-ablation")
+    weights = checkpoint.load_model(tmp_path / "run/best.pt")[0].state_dict()
+    shapes = [
+        tuple(weights[f"{name}.weight"].shape[:2])
+        for name in ("backbone.stem.6", "auxiliary_head.convs.0.conv", "decode_head.nl_block.theta.conv")
+    ]
+    assert shapes == [(128, 64), (512 // 4, 256), (128 // 4, 128)]  # heads of R-18 have a quarter of the channels
