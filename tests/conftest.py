@@ -51,12 +51,13 @@ def folder(tmp_path):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_model(path, model, classes=("road", "house", "tree")):
+def save_model(path, model, classes=("road", "house", "tree"), **settings):
     """A checkpoint with random weights, of which attention's are so large that it depends on the query."""
     torch.manual_seed(0)
     config = {"model": model, "depth": 18, "align_corners": False, "dataset": "folder", "data_root": None}
     config |= {"scale": None, "crop_size": [32, 32], "stride": None, "classes": list(classes)}
     config["palette"] = [[i, 2 * i, 99] for i in range(len(classes))]
+    config |= settings
     weights = checkpoint.build_model(config).state_dict()
     for name, weight in weights.items():
         if re.search("theta.*weight|phi.*weight|conv_mask.weight|conv_out.bn.weight", name):

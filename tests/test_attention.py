@@ -117,6 +117,18 @@ def test_statistics(models, folder, run_inside):
     torch.testing.assert_close(windows[3].output, alone.output)
 
 
+def test_blocks_in_the_backbone_are_shown(folder, run_inside, tmp_path):
+    """By where they are; of GC's with average pooling the attention is even, for every query."""
+    save_model(tmp_path / "nl.pt", "ann", blocks=["nl", "res4"])
+    save_model(tmp_path / "gc.pt", "fcn", blocks=["gc16-avg", "alternate"])
+    lines = run_inside(attention, "nl.pt", "gc.pt", "--statistics", "--data-root", folder).splitlines()
+    rows = {" ".join(words[:-3]): words[-2] for words in map(str.split, lines[2:]) if "published" not in words[0]}
+    nl = ["non-local block in layer3.1", "AFNB (110 samples)", "APNB (110 samples)"]
+    gc = [f"GC block (one map for all queries) in layer{place}" for place in ("2.1", "3.1")]
+    assert list(rows) == [f"{title} of nl.pt" for title in nl] + [f"{title} of gc.pt" for title in gc]
+    assert [rows[f"{title} of gc.pt"] for title in gc] == ["0.000", "0.000"]
+
+
 @pytest.fixture
 def page(models, tmp_path, run_inside):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 160, 3)).astype(np.uint8)).save(tmp_path / "a&b.png")

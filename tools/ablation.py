@@ -1,10 +1,11 @@
-"""The ablation: every model on the scenes `context`, with several seeds and one recipe, as one table in Markdown.
+"""The ablation: every model on one set of drawn scenes, with several seeds and one recipe, as tables in Markdown.
 
     python -m tools.ablation                              # 15 runs below runs/ablation/, on two CPU cores under an hour
+    python -m tools.ablation --dataset legend             # where the query matters; longer
     python -m tools.ablation --model fcn gcnet --seeds 1  # what is finished is not run again; what was stopped goes on
 
 mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds are those of one image in eval mode;
-images/s are what the training took in.
+images/s are what the training took in. The second table is the mean mIoU on the way there.
 """
 
 import signal
@@ -26,24 +27,29 @@ ROWS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")  # of the table, the ba
 HEAD = "| model | mIoU | lowest, highest | parameters (M) | multiply-adds (G) | images/s |\n|---|--:|--:|--:|--:|--:|"
 
 
-def result(out, model, seed, iters):
-    """The mIoU of the run in a folder after `iters` steps, None if it has not come so far. Raises InputError if it is
-    another run."""
+def result(out, model, seed, args):
+    """The mIoU of the run in a folder at its end, None if it has not come so far. Raises InputError if it is another
+    run."""
     if not (out / "config.json").exists():
         return None
     config = read_config(out)
-    expected = {"dataset": "context", "model": model, "seed": seed, "iters": iters, "lr": PRESETS["context"].lr}
+    expected = {"dataset": args.dataset, "model": model, "seed": seed, "iters": args.iters, "amp": args.amp}
+    expected["lr"] = PRESETS[args.dataset].lr
     for name, value in expected.items():
         if config.get(name) != value:
             raise InputError(f"{out}: holds a run with {name} {config.get(name)}, not {value}; name another --out")
-    lines = read_log(out)
-    return next((line["mIoU"] for line in lines if line["iteration"] == iters and "mIoU" in line), None)
+    return validations(out).get(args.iters)
 
 
-def train(out, model, seed, iters):
+def validations(out):
+    """{iteration: mIoU} of the run in a folder."""
+    return {line["iteration"]: line["mIoU"] for line in read_log(out) if "mIoU" in line}
+
+
+def train(out, model, seed, args):
     """Runs train.py, which goes on with what the folder holds."""
-    command = [sys.executable, TRAIN, "--dataset", "context", "--out", out]
-    command += ["--model", model, "--seed", seed, "--iters", iters]
+    command = [sys.executable, TRAIN, "--dataset", args.dataset, "--out", out, "--amp", args.amp]
+    command += ["--model", model, "--seed", seed, "--iters", args.iters]
     command += ["--resume"] * (out / "config.json").exists()
     process = subprocess.Popen([str(word) for word in command])
     try:
@@ -52,13 +58,13 @@ def train(out, model, seed, iters):
         process.terminate()  # as Ctrl-C, which it has received too, this has it save
         process.wait()
         raise
-    if process.returncode or result(out, model, seed, iters) is None:
+    if process.returncode or result(out, model, seed, args) is None:
         raise InputError(f"{out}: its training has stopped; to go on, repeat the command")
 
 
 def row(model, runs, iters):
     """A model's line of the table, from the folders of its runs."""
-    results = [result(out, model, seed, iters) for seed, out in enumerate(runs)]
+    results = [validations(out)[iters] for out in runs]
     lines = [line for out in runs for line in read_log(out) if "loss" in line]
     speed = statistics.median(line["images_per_second"] for line in lines)
     config = read_config(runs[0])
@@ -71,21 +77,36 @@ def row(model, runs, iters):
     return f"| {model} | {mean:.1f} | {low:.1f}, {high:.1f} | {parameters:.2f} | {multiply_adds:.3f} | {speed:.1f} |"
 
 
+def course(runs):
+    """Lines of a table: the mean mIoU of each model's runs after each fifth of the steps."""
+    steps = sorted(validations(next(iter(runs.values()))[0]))[1::2]
+    lines = ["| model, after " + " | ".join(map(str, steps)) + " |", "|---" + "|--:" * len(steps) + "|"]
+    for model, folders in runs.items():
+        values = [statistics.mean(validations(out)[step] for out in folders) for step in steps]
+        lines.append(f"| {model} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |")
+    return lines
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", choices=ROWS, nargs="+", default=ROWS, help="default: all five")
     add("--seeds", type=positive, default=3, help="runs of each model, seeds 0, 1, ... (default: 3)")
-    add("--iters", type=positive, default=PRESETS["context"].iters, help="steps of a run (default: %(default)s)")
+    add("--dataset", choices=("context", "legend"), default="context", help="the scenes (default: context)")
+    add("--iters", type=positive, help="steps of a run (default: 300 of context, 1600 of legend)")
+    add("--amp", choices=("none", "bf16"), default="none", help="mixed precision (default: none)")
     add("--out", default="runs/ablation", help="where the runs' folders are (default: runs/ablation)")
     args = parser.parse_args()
+    args.iters = args.iters or PRESETS[args.dataset].iters
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: raises KeyboardInterrupt
-    runs = {model: [Path(args.out, f"{model}-{seed}") for seed in range(args.seeds)] for model in args.model}
+    runs = {
+        model: [Path(args.out, f"{args.dataset}-{model}-{seed}") for seed in range(args.seeds)] for model in args.model
+    }
     for seed in range(args.seeds):
         for model in args.model:
-            if result(runs[model][seed], model, seed, args.iters) is None:
-                train(runs[model][seed], model, seed, args.iters)
-    print(HEAD, *(row(model, runs[model], args.iters) for model in args.model), sep="\n")
+            if result(runs[model][seed], model, seed, args) is None:
+                train(runs[model][seed], model, seed, args)
+    print(HEAD, *(row(model, runs[model], args.iters) for model in args.model), "", *course(runs), sep="\n")
 
 
 if __name__ == "__main__":
