@@ -4,12 +4,15 @@
     context  objects that cannot be told from what surrounds them: a disc is one class by day and another at dusk, and
              so is a cross. Only the sky says which, and it lies at the far end of the scene, behind empty ground: a
              model that sees an object and its surroundings can do no better than guess.
+    legend   grey objects whose class is their form and the colour that the legend gives to it. The legend lies at the
+             far end: every form once, red or cyan. So what an object needs from there depends on its own form.
 
 The functions of these names take a root, which they do not need, and a split, as those of layouts.py do.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,14 @@ CONTEXT_PALETTE = (
 HEIGHT, WIDTH, SKY = 32, 160, 32
 SKY_HUES = (20, 150)  # dusk and day, out of 256: opposite, so that no photometric distortion takes one to the other
 FORMS = {"disc": 85, "cross": 212}  # and their hues
+
+LEGEND_FORMS = ("disc", "cross", "triangle", "ring")
+LEGEND_COLOURS = {"red": 0, "cyan": 128}  # and their hues
+LEGEND_PALETTE = (
+    *((70, 70, 70), (255, 90, 80), (90, 220, 230), (200, 50, 60), (40, 160, 180)),
+    *((255, 160, 120), (160, 235, 225), (140, 30, 40), (20, 100, 130)),
+)
+STEP, GAP = 27, 32  # pixels from one object to the next, and more between the legend and the objects
 
 CIRCLE = [(np.cos(t), np.sin(t)) for t in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
 CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
@@ -77,6 +88,12 @@ def context(root, split):
     return Scenes(draw_context, split, CONTEXT, CONTEXT_PALETTE)
 
 
+def legend(forms, root, split):
+    """With 2 to 4 forms."""
+    classes = ["ground", *(f"{colour} {form}" for form in LEGEND_FORMS[:forms] for colour in LEGEND_COLOURS)]
+    return Scenes(partial(draw_legend, forms), split, classes, LEGEND_PALETTE[: len(classes)])
+
+
 def draw_shapes(split, index):
     """Scene `index` of a split: image uint8 (64, 64, 3) and label uint8 (64, 64), void along the objects' borders."""
     rng = np.random.default_rng((list(COUNTS).index(split), index))
@@ -115,10 +132,32 @@ def draw_context(split, index, time=None):
         hsv = (int(rng.normal(hue, 8)) % 256, *rng.integers(150, 256, 2).tolist())
         centre = (x, rng.uniform(radius, HEIGHT - radius))
         place(image, label, form, 3 + 2 * kind + time, centre, radius, turn, hsv)
-    image, label = finish(image, label, rng)
-    if rng.random() < 0.5:
-        image, label = image[:, ::-1].copy(), label[:, ::-1].copy()
-    return image, label
+    return mirrored(*finish(image, label, rng), rng)
+
+
+def draw_legend(forms, split, index, colours=None):
+    """Scene `index` of a split: image uint8 (32, W, 3) and label uint8 (32, W), void along the borders.
+
+    colours  of each form, 0 (red) or 1 (cyan), instead of those drawn: changes the legend's pixels, the labels, and no
+             more
+    """
+    rng = np.random.default_rng((list(COUNTS).index(split), index))
+    width = (forms + 3) * STEP + GAP
+    patches = rng.integers(70, 150, (4, width // 8)).astype(np.uint8)
+    image = Image.fromarray(patches).resize((width, HEIGHT), Image.Resampling.BICUBIC).convert("RGB")
+    label = Image.new("L", (width, HEIGHT))
+    drawn = rng.integers(2, size=forms)
+    colours = drawn if colours is None else colours
+    kinds = [*rng.permutation(forms), *rng.integers(forms, size=3)]  # the legend, then three objects
+    for i, kind in enumerate(kinds):
+        radius = rng.uniform(11.5, 12.5)
+        turn = rng.uniform(0, 2 * np.pi)
+        centre = (STEP * (i + 0.5) + GAP * (i >= forms), rng.uniform(radius, HEIGHT - radius))
+        hue = int(rng.normal(list(LEGEND_COLOURS.values())[colours[kind]], 4)) % 256
+        saturation, brightness = rng.integers(180, 256, 2).tolist()
+        hsv = (hue, saturation if i < forms else 0, brightness)
+        place(image, label, LEGEND_FORMS[kind], int(1 + 2 * kind + colours[kind]), centre, radius, turn, hsv)
+    return mirrored(*finish(image, label, rng), rng)
 
 
 def place(image, label, form, kind, centre, radius, turn, hsv):
@@ -138,3 +177,8 @@ def finish(image, label, rng):
     border = np.asarray(label.filter(ImageFilter.MaxFilter(3))) != np.asarray(label.filter(ImageFilter.MinFilter(3)))
     noise = rng.normal(0, 8, (*border.shape, 3))
     return np.clip(image + noise, 0, 255).astype(np.uint8), np.where(border, VOID, label).astype(np.uint8)
+
+
+def mirrored(image, label, rng):
+    """Both as they are, or mirrored, at random."""
+    return (image[:, ::-1].copy(), label[:, ::-1].copy()) if rng.random() < 0.5 else (image, label)

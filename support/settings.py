@@ -8,6 +8,7 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +50,14 @@ PRESETS = {
     "voc12aug":      Preset(layouts.voc12aug,   (2048, 512),  (512, 512),  4, 16,   20_000, 0.01),
     "folder":        Preset(layouts.folder,     None,         (512, 512),  4, None, 20_000, 0.01),
     "shapes":        Preset(scenes.shapes,      None,         (64, 64),    8, None, 240,    0.03, depth=18),
-    # A crop out of an enlarged scene of `context` could lack the sky, which decides the labels: no random resizing.
+    # A crop out of an enlarged scene could lack the sky or the legend, which decide the labels: no random resizing.
     "context":       Preset(scenes.context,     None,         (32, 160),   8, None, 300, 0.1, depth=18, ratios=(1, 1)),
+    "legend2": Preset(partial(scenes.legend, 2), None,        (32, 167),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
+    "legend3": Preset(partial(scenes.legend, 3), None,        (32, 194),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
+    "legend4": Preset(partial(scenes.legend, 4), None,        (32, 221),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
 }
 # fmt: on
+DRAWN = ("shapes", "context", "legend2", "legend3", "legend4")  # which need no downloads
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -86,7 +91,9 @@ class Settings:
     """The settings of a run, by the names that train.py's options, config.json and a checkpoint's config have."""
 
     model: str = setting("the model to train", "gcnet", choices=tuple(MODELS))
-    dataset: str = setting("also selects the preset; shapes and context are drawn", "shapes", choices=tuple(PRESETS))
+    dataset: str = setting(
+        f"also selects the preset; {', '.join(DRAWN[:-1])} and {DRAWN[-1]} are drawn", "shapes", choices=tuple(PRESETS)
+    )
     data_root: str | None = setting("the data set's folder (default: its name below data/)", None, True, type=absolute)
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
     blocks: list | None = setting(
@@ -126,9 +133,9 @@ class Settings:
 
 def defaults(given):
     """The settings that have no default of their own: what follows from the data set, depth and crop in `given`."""
-    preset = PRESETS[given.get("dataset", "shapes")]
+    dataset = given.get("dataset", "shapes")
+    preset = PRESETS[dataset]
     crop_size = given.get("crop_size", preset.crop_size)
-    drawn = preset.data in (scenes.shapes, scenes.context)  # which need no downloads
     has_weights = given.get("depth", preset.depth) in BACKBONES and not given.get("cityscapes_ablation")
     return {
         "depth": preset.depth,
@@ -136,7 +143,7 @@ def defaults(given):
         "batch_size": preset.batch_size,
         "iters": preset.iters,
         "lr": preset.lr,
-        "pretrained": "imagenet" if has_weights and not drawn else "none",
+        "pretrained": "imagenet" if has_weights and dataset not in DRAWN else "none",
         "scale": preset.scale and list(preset.scale),
         "align_corners": preset.align_corners,
         "stride": preset.stride and [min(pair) for pair in zip(preset.stride, crop_size, strict=True)],

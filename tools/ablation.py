@@ -1,7 +1,7 @@
 """The ablation: every model on one set of drawn scenes, with several seeds and one recipe, as tables in Markdown.
 
     python -m tools.ablation                              # 15 runs below runs/ablation/, on two CPU cores under an hour
-    python -m tools.ablation --dataset legend             # where the query matters; longer
+    python -m tools.ablation --dataset legend4            # where the query matters; 6 hours
     python -m tools.ablation --model fcn gcnet --seeds 1  # what is finished is not run again; what was stopped goes on
 
 mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds are those of one image in eval mode;
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from support.checkpoint import build_model
 from support.command import InputError, Parser, positive, run_command
 from support.run import read_config, read_log
-from support.settings import PRESETS
+from support.settings import DRAWN, PRESETS
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 ROWS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")  # of the table, the baseline first
@@ -92,8 +92,8 @@ def main():
     add = parser.add_argument
     add("--model", choices=ROWS, nargs="+", default=ROWS, help="default: all five")
     add("--seeds", type=positive, default=3, help="runs of each model, seeds 0, 1, ... (default: 3)")
-    add("--dataset", choices=("context", "legend"), default="context", help="the scenes (default: context)")
-    add("--iters", type=positive, help="steps of a run (default: 300 of context, 1600 of legend)")
+    add("--dataset", choices=DRAWN[1:], default="context", help="the scenes (default: context)")
+    add("--iters", type=positive, help="steps of a run (default: the data set's)")
     add("--amp", choices=("none", "bf16"), default="none", help="mixed precision (default: none)")
     add("--out", default="runs/ablation", help="where the runs' folders are (default: runs/ablation)")
     args = parser.parse_args()
