@@ -91,9 +91,7 @@ class Settings:
     """The settings of a run, by the names that train.py's options, config.json and a checkpoint's config have."""
 
     model: str = setting("the model to train", "gcnet", choices=tuple(MODELS))
-    dataset: str = setting(
-        f"also selects the preset; {', '.join(DRAWN[:-1])} and {DRAWN[-1]} are drawn", "shapes", choices=tuple(PRESETS)
-    )
+    dataset: str = setting("also selects the preset; those from shapes on are drawn", "shapes", choices=tuple(PRESETS))
     data_root: str | None = setting("the data set's folder (default: its name below data/)", None, True, type=absolute)
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
     blocks: list | None = setting(

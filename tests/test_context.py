@@ -1,4 +1,4 @@
-"""The scenes whose objects' classes the sky decides, and the ablation on them."""
+"""The scenes whose objects' classes the sky or a legend decides, and the ablation on them."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from data import TrainData, open_data
 from support import scenes
 from support.images import VOID
-from support.settings import PRESETS
+from support.settings import DRAWN, PRESETS
 from tools import ablation
 
 
@@ -23,32 +23,70 @@ def test_the_sky_alone_decides_what_an_object_is():
         assert (valid == (day_label != VOID)).all() and (twin[dusk_label[valid]] == day_label[valid]).all()
 
 
-def test_scenes_are_fixed_distinct_and_balanced():
+@pytest.mark.parametrize("forms", [2, 3, 4])
+def test_the_legend_alone_decides_what_an_object_is(forms):
+    """One entry of it decides for the objects of that form alone."""
+    for index in range(20):
+        kind = index % forms
+        colours = [index // 4 % 2] * forms
+        others = [colour ^ (k == kind) for k, colour in enumerate(colours)]
+        (image, label), (other, other_label) = (scenes.draw_legend(forms, "val", index, c) for c in (colours, others))
+        expected = label.copy()
+        expected[label == 1 + 2 * kind + colours[0]] = 1 + 2 * kind + others[kind]
+        assert np.array_equal(other_label, expected)
+        repainted = (image != other).any(2)
+        entry = repainted.any(0).nonzero()[0]
+        assert len(entry) and np.ptp(entry) < 31
+        objects = ((label != other_label) & ~repainted).any(0).nonzero()[0]  # of the form, and on the other side
+        legend = np.arange(label.shape[1])[:: 1 if entry[0] < forms * scenes.STEP else -1][: forms * scenes.STEP]
+        assert not len(objects) or np.abs(objects[:, None] - legend).min() > scenes.GAP - 2
+        grey = image[..., 0].astype(int) - image[..., 2]
+        assert np.abs(np.delete(grey, legend, 1)).mean() < 12  # there is no colour but noise
+
+
+@pytest.mark.parametrize(
+    "name, size, rare",
+    [
+        ("context", (32, 160), 0.04),
+        ("legend2", (32, 167), 0.08),
+        ("legend3", (32, 194), 0.03),
+        ("legend4", (32, 221), 0.02),
+    ],
+)
+def test_scenes_are_fixed_distinct_and_balanced(name, size, rare):
+    data, again, other = (open_data(name, None, split) for split in ("train", "train", "val"))
+    classes = len(data.classes)
     counts = np.zeros(256, int)
     for index in range(200):
-        image, label = scenes.draw_context("train", index)
-        assert image.shape == (32, 160, 3) and image.dtype == label.dtype == np.uint8
-        again = scenes.draw_context("train", index)
-        assert np.array_equal(image, again[0]) and np.array_equal(label, again[1])
-        assert not np.array_equal(image, scenes.draw_context("val", index)[0])
+        image, label = data[index]
+        assert image.shape == (*size, 3) and image.dtype == label.dtype == torch.uint8
+        assert image.equal(again[index][0]) and label.equal(again[index][1])
+        assert not image.equal(other[index][0])
         counts += np.bincount(label.flatten(), minlength=256)
-    share = counts[:7] / counts[:7].sum()
-    assert counts[7:VOID].sum() == 0 and 0.4 < share[1] / share[1:3].sum() < 0.6
-    assert (share[3:] > 0.04).all() and share[3:].max() < 1.5 * share[3:].min()
+    share = counts[:classes] / counts[:classes].sum()
+    assert counts[classes:VOID].sum() == 0 and (share[1:] > rare).all()
+    for forms in (share[1::2], share[2::2]):  # the two skies, or the two colours of each form
+        assert 0.4 < forms[0] / (share[1] + share[2]) < 0.6
+    if name == "context":
+        assert share[3:].max() < 1.5 * share[3:].min()
 
 
-def test_training_sees_scenes_whole():
-    preset = PRESETS["context"]
-    samples = TrainData(open_data("context", None, "train"), preset.crop_size, preset.scale, 0, preset.ratios)
+@pytest.mark.parametrize("name", DRAWN[1:])
+def test_training_sees_scenes_whole(name):
+    preset = PRESETS[name]
+    samples = TrainData(open_data(name, None, "train"), preset.crop_size, preset.scale, 0, preset.ratios)
     for position in range(20):
         label = samples[position, position]["label"]
         present = {int(value) for value in label.unique() if value not in (0, VOID)}
-        assert len(present & {1, 2}) == 1 and present & {3, 4, 5, 6}
-        assert samples[position, position]["valid"].tolist() == [scenes.HEIGHT, scenes.WIDTH]
+        if name == "context":
+            assert len(present & {1, 2}) == 1 and present & {3, 4, 5, 6}
+        else:
+            assert {(value - 1) // 2 for value in present} == set(range(int(name[-1])))  # all forms
+        assert samples[position, position]["valid"].tolist() == list(preset.crop_size)
 
 
 def test_drawn_scenes_are_a_data_set():
-    for name, count in (("shapes", 6), ("context", 7)):
+    for name, count in (("shapes", 6), ("context", 7), ("legend2", 5), ("legend3", 7), ("legend4", 9)):
         data = open_data(name, None, "val")
         image, label = data[3]
         assert len(data) == len(data.files) == 50 and data.labelled and len(data.classes) == len(data.palette) == count
@@ -58,10 +96,17 @@ def test_drawn_scenes_are_a_data_set():
 @pytest.mark.slow
 def test_the_ablation_is_one_command(run_inside, tmp_path):
     command = ("--seeds", 1, "--model", "ann", "--iters")
-    table = [line for line in run_inside(ablation, *command, 1).splitlines() if line.startswith("|")]
+    lines = run_inside(ablation, *command, 1).splitlines()
+    table = [line for line in lines if line.startswith("|")]
     name, miou, span, parameters, multiply_adds, speed = table[2].strip("| ").split(" | ")
-    assert len(table) == 3 and (name, parameters, multiply_adds) == ("ann", "12.62", "1.069")  # 10^6 and 10^9
-    state = torch.load(tmp_path / "runs/ablation/ann-0/best.pt", weights_only=True)
+    assert table[3:] == ["| model, after 1 |", "|---|--:|", f"| ann | {miou} |"] and (
+        name,
+        parameters,
+        multiply_adds,
+    ) == ("ann", "12.62", "1.069")  # 10^6 and 10^9
+    state = torch.load(tmp_path / "runs/ablation/context-ann-0/best.pt", weights_only=True)
     assert span == f"{miou}, {miou}" and 0 < float(miou) <= 100 * state["best_miou"] + 0.05 and float(speed) > 0
-    assert run_inside(ablation, *command, 1).splitlines() == table  # what is finished is not run again
-    assert "runs/ablation/ann-0: holds a run with iters 1, not 2" in run_inside(ablation, *command, 2, fails=True)
+    assert run_inside(ablation, *command, 1).splitlines() == lines  # what is finished is not run again
+    assert "runs/ablation/context-ann-0: holds a run with iters 1, not 2" in run_inside(
+        ablation, *command, 2, fails=True
+    )

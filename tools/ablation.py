@@ -79,7 +79,7 @@ def row(model, runs, iters):
 
 def course(runs):
     """Lines of a table: the mean mIoU of each model's runs after each fifth of the steps."""
-    steps = sorted(validations(next(iter(runs.values()))[0]))[1::2]
+    steps = sorted(validations(next(iter(runs.values()))[0]))[::-2][::-1]
     lines = ["| model, after " + " | ".join(map(str, steps)) + " |", "|---" + "|--:" * len(steps) + "|"]
     for model, folders in runs.items():
         values = [statistics.mean(validations(out)[step] for out in folders) for step in steps]
