@@ -99,7 +99,7 @@ def test_the_ablation_is_one_command(run_inside, tmp_path):
     lines = run_inside(ablation, *command, 1).splitlines()
     table = [line for line in lines if line.startswith("|")]
     name, miou, span, parameters, multiply_adds, speed = table[2].strip("| ").split(" | ")
-    assert table[3:] == ["| model, after 1 |", "|---|--:|", f"| ann | {miou} |"] and (
+    assert table[3:] == ["| mIoU after | 1 |", "|---|--:|", f"| ann | {miou} |"] and (
         name,
         parameters,
         multiply_adds,

@@ -80,7 +80,7 @@ def row(model, runs, iters):
 def course(runs):
     """Lines of a table: the mean mIoU of each model's runs after each fifth of the steps."""
     steps = sorted(validations(next(iter(runs.values()))[0]))[::-2][::-1]
-    lines = ["| model, after " + " | ".join(map(str, steps)) + " |", "|---" + "|--:" * len(steps) + "|"]
+    lines = ["| mIoU after | " + " | ".join(map(str, steps)) + " |", "|---" + "|--:" * len(steps) + "|"]
     for model, folders in runs.items():
         values = [statistics.mean(validations(out)[step] for out in folders) for step in steps]
         lines.append(f"| {model} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |")
