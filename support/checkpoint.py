@@ -45,7 +45,11 @@ BLOCKS = {  # that train.py --blocks puts into the ResNet, each a function of th
     "gc16-mul": partial(GCBlock, ratio=16, fusion="mul"),
     "gc16-avg-mul": partial(GCBlock, ratio=16, pooling="avg", fusion="mul"),
 }
-PLACES = ("res4", "alternate", "res3-res5")  # see gcnet.add_blocks
+PLACES = {  # of gcnet.add_blocks
+    "res4": "at its last residual block",
+    "alternate": "at every other one of res3 and res4",
+    "res3-res5": "at all of them",
+}
 
 
 @dataclass

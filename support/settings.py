@@ -95,7 +95,8 @@ class Settings:
     data_root: str | None = setting("the data set's folder (default: its name below data/)", None, True, type=absolute)
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
     blocks: list | None = setting(
-        f"put blocks into the ResNet: one of {', '.join(BLOCKS)}; and where: {', '.join(PLACES)}",
+        f"put blocks into the ResNet: {', '.join(BLOCKS)}; "
+        f"place: {', '.join(f'{place} ({meaning})' for place, meaning in PLACES.items())}",
         None,
         nargs=2,
         metavar=("BLOCK", "PLACE"),

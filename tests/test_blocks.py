@@ -100,6 +100,20 @@ def test_sizes_in_the_papers_tables():
     assert unmet == list(papers.UNMET) and len(papers.ROWS) == 22
 
 
+def test_blocks_add_as_much_to_a_resnext():
+    """Whose stages have as many channels as a ResNet's: so they do in GCNet's COCO table."""
+    models = pytest.importorskip("torchvision.models")
+    for block in ("gc16", "gc4"):
+        added = []
+        for build in (models.resnet101, models.resnext101_32x8d):
+            with torch.device("meta"):
+                plain = papers.millions(build())
+                model = build()
+                add_blocks(model, BLOCKS[block], "res3-res5")
+            added.append(papers.millions(model) - plain)
+        assert added[0] == pytest.approx(added[1]) == pytest.approx({"gc16": 4.788, "gc4": 18.962}[block], abs=1e-3)
+
+
 def test_places():
     """One block where the non-local paper has one; five, and all, of a ResNet-50."""
     found = {}
