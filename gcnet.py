@@ -16,7 +16,7 @@ A non-local block weighs all positions anew for every query, yet the trained wei
     bottleneck ratio r               ratio (4: C/r channels between W_v1 and W_v2)
     fusion                           x + ...; fusion="mul": x * sigmoid(...)
 
-The block sits between the two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models;
+The block sits between the first two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models;
 `add_blocks` puts it, or another block, into the backbone, as in the paper's other experiments.
 """
 
@@ -84,8 +84,8 @@ class GCBlock(nn.Module):
 
 
 def add_blocks(resnet, block, place):
-    """Ends residual branches with block(channels) (section 5.1, "after 1x1"): in the last residual block of res4, in
-    every other one of res3 and res4 (place "alternate"), or in all of res3 to res5. Takes torchvision's ResNets too."""
+    """Puts block(channels) at the end of residual branches (section 5.1, "after 1x1"): of the last block of "res4", of
+    every other one of res3 and res4 ("alternate"), or of all of "res3-res5". Takes torchvision's ResNets, too."""
     res3, res4, res5 = resnet.layer2, resnet.layer3, resnet.layer4
     places = {"res4": res4[-1:], "alternate": (*res3[1::2], *res4[1::2]), "res3-res5": (*res3, *res4, *res5)}
     for residual in places[place]:

@@ -18,7 +18,7 @@ The response at a position is a weighted sum of the features at all positions:
     W_z                      conv_out: 1x1 convolution and BatchNorm
 
 The published models scale the embedded Gaussian's logits by 1/sqrt(channels), which the paper does not. The block sits
-between the two 3x3 convolutions of an FCN head.
+between the first two 3x3 convolutions of an FCN head.
 """
 
 import torch.nn.functional as F

@@ -31,7 +31,7 @@ from support.files import replace
 from support.processes import gather, share
 
 MODELS = {"gcnet": GCNet, "nonlocal_net": NonLocalNet, "ann": ANN, "snlnet": SNLNet, "fcn": FCN}
-BLOCKS = {  # that train.py --blocks puts into the ResNet, each a function of the number of channels
+BLOCKS = {  # of train.py --blocks, each made for a number of channels; "mul" is the paper's "scale"
     "nl": NonLocalBlock,
     "nl-gaussian": partial(NonLocalBlock, mode="gaussian"),
     "nl-dot-product": partial(NonLocalBlock, mode="dot_product"),

@@ -1,11 +1,10 @@
 """The data sets that are drawn from a seed: nothing to download.
 
     shapes   objects in five forms; the form decides the class, the colour is only a hint
-    context  objects that cannot be told from what surrounds them: a disc is one class by day and another at dusk, and
-             so is a cross. Only the sky says which, and it lies at the far end of the scene, behind empty ground: a
-             model that sees an object and its surroundings can do no better than guess.
-    legend   grey objects whose class is their form and the colour that the legend gives to it. The legend lies at the
-             far end: every form once, red or cyan. So what an object needs from there depends on its own form.
+    context  a disc is one class by day and another at dusk, and so is a cross. Only the sky, at the far end behind
+             empty ground, says which: a model that sees an object and its surroundings can do no better than guess.
+    legend   at one end every form stands once, red or cyan at random; three grey objects at the other end have the
+             class of the coloured one of their form. So where an object must look depends on the object.
 
 The functions of these names take a root, which they do not need, and a split, as those of layouts.py do.
 """
@@ -43,7 +42,8 @@ LEGEND_PALETTE = (
     *((70, 70, 70), (255, 90, 80), (90, 220, 230), (200, 50, 60), (40, 160, 180)),
     *((255, 160, 120), (160, 235, 225), (140, 30, 40), (20, 100, 130)),
 )
-STEP, GAP = 27, 32  # pixels from one object to the next, and more between the legend and the objects
+STEP = 27  # pixels from one object to the next
+GAP = 32  # more of them between the legend and the objects
 
 CIRCLE = [(np.cos(t), np.sin(t)) for t in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
 CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
@@ -136,14 +136,15 @@ def draw_context(split, index, time=None):
 
 
 def draw_legend(forms, split, index, colours=None):
-    """Scene `index` of a split: image uint8 (32, W, 3) and label uint8 (32, W), void along the borders.
+    """Scene `index` of a split: image uint8 (32, W, 3) and label uint8 (32, W), W = 27 (forms + 3) + 32, void along the
+    borders.
 
     colours  of each form, 0 (red) or 1 (cyan), instead of those drawn: changes the legend's pixels, the labels, and no
              more
     """
     rng = np.random.default_rng((list(COUNTS).index(split), index))
     width = (forms + 3) * STEP + GAP
-    patches = rng.integers(70, 150, (4, width // 8)).astype(np.uint8)
+    patches = rng.integers(70, 150, (4, width // 8)).astype(np.uint8)  # of the ground
     image = Image.fromarray(patches).resize((width, HEIGHT), Image.Resampling.BICUBIC).convert("RGB")
     label = Image.new("L", (width, HEIGHT))
     drawn = rng.integers(2, size=forms)

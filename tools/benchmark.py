@@ -254,7 +254,7 @@ def grow(args):
 
 PAPERS_HEAD = """Parameters (M) and multiply-adds (G) here, and as published in GCNet's tables.
 
-| task | block | place | parameters | published | multiply-adds | published | not met |
+| task | block | place | parameters | published | multiply-adds | published | why they differ |
 |---|---|---|--:|--:|--:|--:|---|"""
 
 
@@ -263,9 +263,9 @@ def sizes(args):
     print(PAPERS_HEAD)
     for row in papers.ROWS:
         parameters, multiply_adds = papers.measure(row)
-        counts = [f"{parameters:.2f}", row.parameters, f"{multiply_adds:.2f}" if multiply_adds else "-"]
-        cells = [row.task, row.block or "-", row.place or "-", *counts, row.multiply_adds or "-"]
-        print(" | ".join(["", *map(str, cells), papers.UNMET.get(row, ""), ""]).strip(), flush=True)
+        counts = [papers.like(parameters, row.parameters), row.parameters]
+        counts += [papers.like(multiply_adds, row.multiply_adds), row.multiply_adds]
+        print(f"| {' | '.join([row.task, row.block, row.place, *counts, row.unmet])} |", flush=True)
 
 
 MEASURED = {"infer": infer, "aug": infer, "train": train, "data": data}  # tasks of one measurement
