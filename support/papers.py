@@ -15,7 +15,7 @@ from gcnet import add_blocks
 from support.checkpoint import BLOCKS, build_model
 
 KINETICS = (
-    32.45  # the published baseline, a ResNet-50 for videos; a block adds the same number of parameters as for images
+    32.45  # the published baseline, a ResNet-50 for videos; a block adds as many parameters as for images
 )
 
 
@@ -32,9 +32,7 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("ImageNet, R-50", "", "", "25.56", "3.86"),
-    Row(
-        "ImageNet, R-50", "nl", "res4", "27.66", "4.11", "published without attention's products, phi and g subsampled"
-    ),
+    Row("ImageNet, R-50", "nl", "res4", "27.66", "4.11", "published: phi and g subsampled, attention not counted"),
     Row("ImageNet, R-50", "snl", "res4", "26.61", "3.86"),
     Row("ImageNet, R-50", "gc16", "res4", "25.69", "3.86"),
     Row("ImageNet, R-50", "gc16", "res3-res5", "28.08", "3.87"),
