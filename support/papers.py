@@ -14,9 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gcnet import add_blocks
 from support.checkpoint import BLOCKS, build_model
 
-KINETICS = (
-    32.45  # the published baseline, a ResNet-50 for videos; a block adds as many parameters as for images
-)
+KINETICS = 32.45  # the published baseline, a ResNet-50 for videos; a block adds as many parameters as for images
 
 
 class Row(NamedTuple):
