@@ -321,5 +321,5 @@ def load_init(model, source):
     kept = {key for key in weights if "conv_seg" in key and key in own and weights[key].shape != own[key].shape}
     load_weights(model, {key: own[key] if key in kept else weights[key] for key in weights}, source)
     classifiers = "but the classifiers, which start anew: other classes" if kept else "classifiers too"
-    fresh = "; the backbone's blocks start anew" if len(weights) > len(given) else ""
+    fresh = "; blocks that it lacks start anew" if len(weights) > len(given) else ""
     print(f"--init {source}: all weights, {classifiers}{fresh}")

@@ -169,7 +169,7 @@ def test_commands(folder, run_inside, tmp_path):
     """Training, resuming, evaluating and predicting build the model that the run names."""
     torch.save(published("gcnet", classes=3), tmp_path / "plain.pth")
     arguments = train_arguments(folder, "run", 1, workers=0, weights=("--init", "plain.pth"))[1:]
-    note = "all weights, classifiers too; the backbone's blocks start anew"
+    note = "all weights, classifiers too; blocks that it lacks start anew"
     assert note in run_inside(train, *arguments, "--blocks", "gc16", "res3-res5")
     state = checkpoint.load(tmp_path / "run/last.pt")
     assert state["config"]["blocks"] == ["gc16", "res3-res5"]
