@@ -1,7 +1,7 @@
 """The ablation: every model on one set of drawn scenes, with several seeds and one recipe, as tables in Markdown.
 
     python -m tools.ablation                              # 15 runs below runs/ablation/, on two CPU cores under an hour
-    python -m tools.ablation --dataset legend4            # where the query matters; 6 hours
+    python -m tools.ablation --dataset legend4            # where the query matters; over an hour
     python -m tools.ablation --model fcn gcnet --seeds 1  # what is finished is not run again; what was stopped goes on
 
 mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds are those of one image in eval mode;
