@@ -189,6 +189,7 @@ def test_commands(folder, run_inside, tmp_path):
         assert message == f"--blocks {' '.join(words)}: is no BLOCK and PLACE; --help names them"
 
 
+@pytest.mark.slow
 def test_checkpoints_and_runs_of_the_option_that_was(folder, run_inside, tmp_path):
     """`gc_backbone`: 16 was GC blocks of that ratio in all of res3 to res5."""
     run_inside(train, *train_arguments(folder, "run", 1, workers=0)[1:], "--blocks", "gc16", "res3-res5")
@@ -225,6 +226,7 @@ def test_every_block_in_every_place_starts_as_the_identity_and_trains(block, pla
         assert any(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
 
 
+@pytest.mark.slow
 def test_the_cityscapes_ablation_is_one_option(folder, run_inside, tmp_path):
     arguments = train_arguments(folder, "run", 1, workers=0)[1:]
     run_inside(train, *arguments, "--model", "nonlocal_net", "--cityscapes-ablation")
