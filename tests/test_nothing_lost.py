@@ -159,15 +159,15 @@ def test_a_step_that_diverges_ends_the_run_with_its_last_good_state(folder, tmp_
 @pytest.mark.slow
 def test_the_ablation_ends_its_training(tmp_path):
     process = start(["tools.ablation", "--model", "fcn", "--seeds", 1], tmp_path)
-    log = tmp_path / "runs/ablation/fcn-0/log.jsonl"
+    log = tmp_path / "runs/ablation/context-fcn-0/log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert (tmp_path / "runs/ablation/fcn-0/last.pt").exists()
+    assert (tmp_path / "runs/ablation/context-fcn-0/last.pt").exists()
     assert str(tmp_path) not in subprocess.run(["pgrep", "-af", "train.py"], capture_output=True, text=True).stdout
-    run.lock(tmp_path / "runs/ablation/fcn-0")
+    run.lock(tmp_path / "runs/ablation/context-fcn-0")
 
 
 # ----------------------------------------------------------------------------------------------- pictures, label maps
