@@ -3,8 +3,8 @@
     shapes   objects in five forms; the form decides the class, the colour is only a hint
     context  a disc is one class by day and another at dusk, and so is a cross. Only the sky, at the far end behind
              empty ground, says which: a model that sees an object and its surroundings can do no better than guess.
-    legend   at one end every form stands once, red or cyan at random; three grey objects at the other end have the
-             class of the coloured one of their form. So where an object must look depends on the object.
+    legend   at one end every form stands once, in a colour drawn at random; three grey objects at the other end have
+             the class of the coloured one of their form. So where an object must look depends on the object.
 
 The functions of these names take a root, which they do not need, and a split, as those of layouts.py do.
 """
@@ -37,11 +37,7 @@ SKY_HUES = (20, 150)  # dusk and day, out of 256: opposite, so that no photometr
 FORMS = {"disc": 85, "cross": 212}  # and their hues
 
 LEGEND_FORMS = ("disc", "cross", "triangle", "ring")
-LEGEND_COLOURS = {"red": 0, "cyan": 128}  # and their hues
-LEGEND_PALETTE = (
-    *((70, 70, 70), (255, 90, 80), (90, 220, 230), (200, 50, 60), (40, 160, 180)),
-    *((255, 160, 120), (160, 235, 225), (140, 30, 40), (20, 100, 130)),
-)
+LEGEND_COLOURS = {"red": 0, "cyan": 128, "green": 64, "violet": 192}  # and their hues
 STEP = 27  # pixels from one object to the next
 GAP = 32  # more of them between the legend and the objects
 
@@ -88,10 +84,15 @@ def context(root, split):
     return Scenes(draw_context, split, CONTEXT, CONTEXT_PALETTE)
 
 
-def legend(forms, root, split):
-    """With 2 to 4 forms."""
-    classes = ["ground", *(f"{colour} {form}" for form in LEGEND_FORMS[:forms] for colour in LEGEND_COLOURS)]
-    return Scenes(partial(draw_legend, forms), split, classes, LEGEND_PALETTE[: len(classes)])
+def legend(forms, colours, root, split):
+    """With 2 to 4 forms and as many colours."""
+    classes, palette = ["ground"], [(70, 70, 70)]
+    for kind, form in enumerate(LEGEND_FORMS[:forms]):
+        for colour, hue in list(LEGEND_COLOURS.items())[:colours]:
+            swatch = Image.new("HSV", (1, 1), (hue, 240 - 40 * kind, 100 + 50 * kind)).convert("RGB")
+            classes.append(f"{colour} {form}")
+            palette.append(swatch.getpixel((0, 0)))
+    return Scenes(partial(draw_legend, forms, colours), split, classes, palette)
 
 
 def draw_shapes(split, index):
@@ -135,29 +136,29 @@ def draw_context(split, index, time=None):
     return mirrored(*finish(image, label, rng), rng)
 
 
-def draw_legend(forms, split, index, colours=None):
+def draw_legend(forms, colours, split, index, chosen=None):
     """Scene `index` of a split: image uint8 (32, W, 3) and label uint8 (32, W), W = 27 (forms + 3) + 32, void along the
     borders.
 
-    colours  of each form, 0 (red) or 1 (cyan), instead of those drawn: changes the legend's pixels, the labels, and no
-             more
+    chosen  the colour of each form, from 0 to colours - 1, instead of those drawn: changes the legend's pixels, the
+            labels, and no more
     """
     rng = np.random.default_rng((list(COUNTS).index(split), index))
     width = (forms + 3) * STEP + GAP
     patches = rng.integers(70, 150, (4, width // 8)).astype(np.uint8)  # of the ground
     image = Image.fromarray(patches).resize((width, HEIGHT), Image.Resampling.BICUBIC).convert("RGB")
     label = Image.new("L", (width, HEIGHT))
-    drawn = rng.integers(2, size=forms)
-    colours = drawn if colours is None else colours
+    drawn = rng.integers(colours, size=forms)
+    chosen = drawn if chosen is None else chosen
     kinds = [*rng.permutation(forms), *rng.integers(forms, size=3)]  # the legend, then three objects
     for i, kind in enumerate(kinds):
         radius = rng.uniform(11.5, 12.5)
         turn = rng.uniform(0, 2 * np.pi)
         centre = (STEP * (i + 0.5) + GAP * (i >= forms), rng.uniform(radius, HEIGHT - radius))
-        hue = int(rng.normal(list(LEGEND_COLOURS.values())[colours[kind]], 4)) % 256
+        hue = int(rng.normal(list(LEGEND_COLOURS.values())[chosen[kind]], 4)) % 256
         saturation, brightness = rng.integers(180, 256, 2).tolist()
         hsv = (hue, saturation if i < forms else 0, brightness)
-        place(image, label, LEGEND_FORMS[kind], int(1 + 2 * kind + colours[kind]), centre, radius, turn, hsv)
+        place(image, label, LEGEND_FORMS[kind], int(1 + colours * kind + chosen[kind]), centre, radius, turn, hsv)
     return mirrored(*finish(image, label, rng), rng)
 
 

@@ -52,12 +52,13 @@ PRESETS = {
     "shapes":        Preset(scenes.shapes,      None,         (64, 64),    8, None, 240,    0.03, depth=18),
     # A crop out of an enlarged scene could lack the sky or the legend, which decide the labels: no random resizing.
     "context":       Preset(scenes.context,     None,         (32, 160),   8, None, 300, 0.1, depth=18, ratios=(1, 1)),
-    "legend2": Preset(partial(scenes.legend, 2), None,        (32, 167),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
-    "legend3": Preset(partial(scenes.legend, 3), None,        (32, 194),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
-    "legend4": Preset(partial(scenes.legend, 4), None,        (32, 221),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
+    "legend2":   Preset(partial(scenes.legend, 2, 2), None,   (32, 167),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
+    "legend3":   Preset(partial(scenes.legend, 3, 2), None,   (32, 194),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
+    "legend4":   Preset(partial(scenes.legend, 4, 2), None,   (32, 221),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
+    "legend2x4": Preset(partial(scenes.legend, 2, 4), None,   (32, 167),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
 }
 # fmt: on
-DRAWN = ("shapes", "context", "legend2", "legend3", "legend4")  # which need no downloads
+DRAWN = ("shapes", "context", "legend2", "legend3", "legend4", "legend2x4")  # which need no downloads
 
 
 # ------------------------------------------------------------------------------------------------------- the settings

@@ -23,16 +23,17 @@ def test_the_sky_alone_decides_what_an_object_is():
         assert (valid == (day_label != VOID)).all() and (twin[dusk_label[valid]] == day_label[valid]).all()
 
 
-@pytest.mark.parametrize("forms", [2, 3, 4])
-def test_the_legend_alone_decides_what_an_object_is(forms):
+@pytest.mark.parametrize("forms, colours", [(2, 2), (3, 2), (4, 2), (2, 4)])
+def test_the_legend_alone_decides_what_an_object_is(forms, colours):
     """One entry of it decides for the objects of that form alone."""
     for index in range(20):
         kind = index % forms
-        colours = [index // 4 % 2] * forms
-        others = [colour ^ (k == kind) for k, colour in enumerate(colours)]
-        (image, label), (other, other_label) = (scenes.draw_legend(forms, "val", index, c) for c in (colours, others))
+        colour = index // forms % colours
+        changed = (colour + 1) % colours
+        one, two = [colour] * forms, [changed if k == kind else colour for k in range(forms)]
+        (image, label), (other, other_label) = (scenes.draw_legend(forms, colours, "val", index, c) for c in (one, two))
         expected = label.copy()
-        expected[label == 1 + 2 * kind + colours[0]] = 1 + 2 * kind + others[kind]
+        expected[label == 1 + colours * kind + colour] = 1 + colours * kind + changed
         assert np.array_equal(other_label, expected)
         repainted = (image != other).any(2)
         entry = repainted.any(0).nonzero()[0]
@@ -51,6 +52,7 @@ def test_the_legend_alone_decides_what_an_object_is(forms):
         ("legend2", (32, 167), 0.08),
         ("legend3", (32, 194), 0.03),
         ("legend4", (32, 221), 0.02),
+        ("legend2x4", (32, 167), 0.03),
     ],
 )
 def test_scenes_are_fixed_distinct_and_balanced(name, size, rare):
@@ -74,19 +76,23 @@ def test_scenes_are_fixed_distinct_and_balanced(name, size, rare):
 @pytest.mark.parametrize("name", DRAWN[1:])
 def test_training_sees_scenes_whole(name):
     preset = PRESETS[name]
-    samples = TrainData(open_data(name, None, "train"), preset.crop_size, preset.scale, 0, preset.ratios)
+    data = open_data(name, None, "train")
+    samples = TrainData(data, preset.crop_size, preset.scale, 0, preset.ratios)
     for position in range(20):
         label = samples[position, position]["label"]
         present = {int(value) for value in label.unique() if value not in (0, VOID)}
         if name == "context":
             assert len(present & {1, 2}) == 1 and present & {3, 4, 5, 6}
         else:
-            assert {(value - 1) // 2 for value in present} == set(range(int(name[-1])))  # all forms
+            forms = [name.split()[-1] for name in data.classes]
+            assert {forms[value] for value in present} == set(forms[1:])
         assert samples[position, position]["valid"].tolist() == list(preset.crop_size)
 
 
 def test_drawn_scenes_are_a_data_set():
-    for name, count in (("shapes", 6), ("context", 7), ("legend2", 5), ("legend3", 7), ("legend4", 9)):
+    counts = {"shapes": 6, "context": 7, "legend2": 5, "legend3": 7, "legend4": 9, "legend2x4": 9}
+    assert list(counts) == list(DRAWN)
+    for name, count in counts.items():
         data = open_data(name, None, "val")
         image, label = data[3]
         assert len(data) == len(data.files) == 50 and data.labelled and len(data.classes) == len(data.palette) == count

@@ -19,6 +19,7 @@ and in a non-local block also while its weights for all positions are still alik
 import base64
 import io
 import json
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -188,35 +189,45 @@ def heat(levels):
     return Image.fromarray(np.stack([np.interp(levels, stops, c) for c in np.transpose(RAMP)], -1).astype(np.uint8))
 
 
-def picture(image, points, blocks, tile=224, gap=8):
-    """Pillow's picture with a row for each (title, Seen) in blocks: the image uint8 (H, W, 3) with the query points,
-    and a panel for each of these."""
+def picture(image, points, blocks, gap=8):
+    """Pillow's picture of an image uint8 (H, W, 3) and the (title, Seen) in blocks: a row for each block, of the image
+    with the query points and a panel for each of these. If the image is wide, a column for each block instead."""
     photo, font = Image.fromarray(image.numpy()), ImageFont.load_default(14)
+    wide = photo.width > 3 * photo.height
+    tile, head, room = (300, 124, 0) if wide else (224, 24, 960)  # head: the height of the text, room: its width
     width, height = (max(round(side * tile / max(photo.size)), 1) for side in photo.size)
     photo = photo.resize((width, height))
     grey = photo.convert("L").convert("RGB")
-    step = height + 24 + gap
-    canvas = Image.new("RGB", (max((len(points) + 1) * (width + gap) + gap, 960), len(blocks) * step + gap), PAPER)
+    right, down = width + gap, height + gap
+    to_panel = np.array((0, down) if wide else (right, 0))  # from one panel of a block to the next
+    to_block = np.array((right, 0) if wide else (0, head + down))
+    size = len(points) * to_panel + (len(blocks) - 1) * to_block + (right + gap, head + down + gap)
+    canvas = Image.new("RGB", (max(int(size[0]), room), int(size[1])), PAPER)
     pen = ImageDraw.Draw(canvas)
 
-    def show(panel, left, top, numbers):
-        canvas.paste(panel, (left, top))
+    def show(panel, corner, numbers):
+        canvas.paste(panel, tuple(corner.tolist()))
         for i in numbers:
-            x, y = left + points[i][0] * width, top + points[i][1] * height
+            x, y = corner + np.multiply(points[i], (width, height))
             pen.ellipse((x - 8, y - 8, x + 8, y + 8), PAPER, INK, 2)
             pen.text((x, y), str(i + 1), INK, font, anchor="mm")
 
-    for top, (title, seen) in zip(range(gap, canvas.height, step), blocks, strict=False):
+    for block, (title, seen) in enumerate(blocks):
+        left, top = (gap + block * to_block).tolist()
         weights, maps = attention(seen, points)
         panels, brightest = levels(maps)
-        pen.text((gap, top), "0", INK, font)
-        canvas.paste(heat(np.arange(256)[None]).resize((100, 14)), (gap + 14, top + 2))
         distance = f"distance between the queries' weights: {cosine_distance([weights]):.3f} (0: alike)"
-        pen.text((gap + 120, top), f"{brightest}      {distance}      {title}", INK, font)
-        show(photo, gap, top + 24, range(len(points)))
-        for i, panel in enumerate(panels):
+        pen.text((left, top), "0", INK, font)
+        canvas.paste(heat(np.arange(256)[None]).resize((100, 14)), (left + 14, top + 2))
+        if wide:
+            lines = textwrap.wrap(distance, 44) + textwrap.wrap(title, 44)
+            pen.text((left, top + 20), "\n".join(lines), INK, font)
+        pen.text((left + 120, top), brightest if wide else f"{brightest}      {distance}      {title}", INK, font)
+        corner = np.array((left, top + head))
+        show(photo, corner, range(len(points)))
+        for i, panel in enumerate(panels, 1):
             coloured = heat(panel).resize((width, height), Image.Resampling.NEAREST)
-            show(Image.blend(grey, coloured, 0.75), gap + (i + 1) * (width + gap), top + 24, [i])
+            show(Image.blend(grey, coloured, 0.75), corner + i * to_panel, [i - 1])
     return canvas
 
 
