@@ -5,12 +5,13 @@ Zhu, Xu, Bai, Huang, Bai (ICCV 2019), https://arxiv.org/abs/1908.07678
 A non-local block compares each of the HW positions with all of them. Here the keys and values are reduced to S = 110
 samples, the averages of pyramid pooling to 1x1, 3x3, 6x6 and 8x8 cells, so that time and memory are linear in HW:
 
-    section 3.2                                     here, in AsymmetricNonLocalBlock
+    sections 3.1 and 3.2                            here, in AsymmetricNonLocalBlock
     phi = W_phi(X), theta = W_theta(X)              query, key: 1x1 convolution, BatchNorm, ReLU
     gamma = W_gamma(X)                              value: 1x1 convolution
     theta_P = P(theta), gamma_P = P(gamma)          PyramidPooling, of key and value
-    V_P = softmax(phi^T theta_P)                    attention, scaled by 1/sqrt(256) in the published models
-    O_P = V_P gamma_P^T                             context
+    V_P = phi^T theta_P                             logits, scaled by 1/sqrt(256) in the published models
+    softmax(V_P)                                    attention
+    O_P = softmax(V_P) gamma_P^T                    context
     W_o                                             out_project
     Y_P = cat(W_o(O_P^T), X)                        bottleneck(cat(...)) of APNB and AFNB: no residual addition
 

@@ -2,8 +2,8 @@
 
 Cao, Xu, Lin, Wei, Hu (ICCV Workshops 2019), https://arxiv.org/abs/1904.11492
 
-A non-local block weighs all positions anew for every query, yet the trained weights hardly depend on the query (section
-3.2). So GCNet computes them once, and adds one context vector to every position:
+A non-local block weighs all positions anew for every query. Trained for detection or classification, its weights hardly
+depend on the query (section 3.2). So GCNet computes them once, and adds one context vector to every position:
 
     SNL, eq. 3:  z_i = x_i + W_v  sum_j a_j x_j                         a_j = exp(W_k x_j) / sum_m exp(W_k x_m)
     GC,  eq. 5:  z_i = x_i + W_v2 ReLU(LN(W_v1 sum_j a_j x_j))
@@ -26,7 +26,7 @@ from resnet_d8 import FCNHead, Segmentor
 
 
 def global_attention_pooling(x, conv_mask):                 # (N, C, H, W)
-    """The context, one vector for the whole image: the positions' mean, weighted by softmax(W_k x) (figure 4a)."""
+    """The context, one vector for the whole image: the positions' mean, weighted by softmax(W_k x) (section 4.2)."""
     a = conv_mask(x).flatten(2).softmax(dim=2)              # (N, 1, HW)
     context = x.flatten(2) @ a.transpose(1, 2)              # (N, C, 1)
     return context[..., None]                               # (N, C, 1, 1)

@@ -45,7 +45,7 @@ def tokens(x):                                              # (N, C, H, W)
 class NonLocalBlock(nn.Module):
     """(N, C, H, W) to the same shape (section 3.3, figure 2). Starts as the identity: conv_out's BatchNorm is at zero.
 
-    reduction  C over the channels of theta, phi and g
+    reduction  C / channels of theta, phi and g
     mode       the pairwise function, see above
     """
 

@@ -7,8 +7,8 @@
     images -> ResNetD8 -> c1 (1/4 size), c2, c3, c4 (1/8) -> decode_head(c4) -> logits at 1/8 -> resized to the images
                                          c3 -> auxiliary_head -> logits of the auxiliary loss, in training only
 
-Parameter names are those of the published checkpoints, so that these load as they are. The shapes in the comments are
-those of depth 50 and 101; with 18 and 34 all stages and heads have a quarter of the channels.
+Parameter names are those of the published checkpoints, so that these load as they are. Shapes in comments are those of
+depth 50 and 101 (18 and 34: a quarter of the channels, in stages and heads); in heads, H and W are those of c3 and c4.
 """
 
 import torch

@@ -95,6 +95,15 @@ def legend(forms, colours, root, split):
     return Scenes(partial(draw_legend, forms, colours), split, classes, palette)
 
 
+def decided_afar(dataset, image, label):
+    """Where the other end of a scene of context or a legend decides the class, and nothing nearer: bool (H, W). image
+    is uint8 (H, W, 3), label uint8 (H, W)."""
+    if dataset == "context":
+        return (label > 2) & (label != VOID)
+    grey = image.amax(2).int() - image.amin(2) < 64  # noise included
+    return grey & (label > 0) & (label != VOID)
+
+
 def draw_shapes(split, index):
     """Scene `index` of a split: image uint8 (64, 64, 3) and label uint8 (64, 64), void along the objects' borders."""
     rng = np.random.default_rng((list(COUNTS).index(split), index))

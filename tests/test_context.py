@@ -1,5 +1,7 @@
 """The scenes whose objects' classes the sky or a legend decides, and the ablation on them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,8 @@ def test_the_sky_alone_decides_what_an_object_is():
         distance = np.abs(np.flatnonzero((dusk_label != VOID).any(0) & (dusk_label > 2).any(0))[:, None] - changed)
         assert distance.min() > 40
         twin = np.array([0, 2, 1, 4, 3, 6, 5], np.uint8)  # the same form at the other time
+        afar = scenes.decided_afar("context", *map(torch.from_numpy, (dusk, dusk_label)))
+        assert afar.numpy().any() and np.array_equal(afar, (dusk_label != day_label) & (dusk == day).all(2))
         valid = dusk_label != VOID
         assert (valid == (day_label != VOID)).all() and (twin[dusk_label[valid]] == day_label[valid]).all()
 
@@ -38,7 +42,10 @@ def test_the_legend_alone_decides_what_an_object_is(forms, colours):
         repainted = (image != other).any(2)
         entry = repainted.any(0).nonzero()[0]
         assert len(entry) and np.ptp(entry) < 31
-        objects = ((label != other_label) & ~repainted).any(0).nonzero()[0]  # of the form, and on the other side
+        hidden = (label != other_label) & ~repainted  # of the form, and on the other side
+        afar = scenes.decided_afar(f"legend{forms}", *map(torch.from_numpy, (image, label))).numpy()
+        assert np.array_equal(afar & (label == 1 + colours * kind + colour), hidden)
+        objects = hidden.any(0).nonzero()[0]
         legend = np.arange(label.shape[1])[:: 1 if entry[0] < forms * scenes.STEP else -1][: forms * scenes.STEP]
         assert not len(objects) or np.abs(objects[:, None] - legend).min() > scenes.GAP - 2
         grey = image[..., 0].astype(int) - image[..., 2]
@@ -99,17 +106,33 @@ def test_drawn_scenes_are_a_data_set():
         assert image.shape[:2] == label.shape and str(data.files[3][0]) == "val00003"
 
 
+@pytest.mark.parametrize("name", ["context", "legend2"])
+def test_the_ablation_counts_what_the_far_end_decides(name, monkeypatch):
+    """A model that is right about the discs among those objects alone."""
+    data = open_data(name, None, "val")
+    scene = iter(data)
+    discs = torch.tensor([kind for kind, words in enumerate(data.classes) if "disc" in words])
+
+    def guess(model, images, config):
+        image, label = next(scene)
+        return torch.where(torch.isin(label, discs) & scenes.decided_afar(name, image, label), label, 99)[None]
+
+    monkeypatch.setattr(ablation, "load_model", lambda path: (None, {"dataset": name, "classes": data.classes}))
+    monkeypatch.setattr(ablation, "for_inference", lambda model, device: model)
+    monkeypatch.setattr(ablation, "predict", guess)
+    lines = ablation.forms_table({"ann": [Path("run")]})
+    assert lines == ["| right, by form (%) | disc | cross |", "|---|--:|--:|", "| ann | 100 | 0 |"]
+
+
 @pytest.mark.slow
 def test_the_ablation_is_one_command(run_inside, tmp_path):
     command = ("--seeds", 1, "--model", "ann", "--iters")
     lines = run_inside(ablation, *command, 1).splitlines()
     table = [line for line in lines if line.startswith("|")]
     name, miou, span, parameters, multiply_adds, speed = table[2].strip("| ").split(" | ")
-    assert table[3:] == ["| mIoU after | 1 |", "|---|--:|", f"| ann | {miou} |"] and (
-        name,
-        parameters,
-        multiply_adds,
-    ) == ("ann", "12.62", "1.069")  # 10^6 and 10^9
+    assert (name, parameters, multiply_adds) == ("ann", "12.62", "1.069")  # 10^6 and 10^9
+    assert table[3:6] == ["| mIoU after | 1 |", "|---|--:|", f"| ann | {miou} |"]
+    assert table[6] == "| right, by form (%) | disc | cross |" and len(table) == 9
     state = torch.load(tmp_path / "runs/ablation/context-ann-0/best.pt", weights_only=True)
     assert span == f"{miou}, {miou}" and 0 < float(miou) <= 100 * state["best_miou"] + 0.05 and float(speed) > 0
     assert run_inside(ablation, *command, 1).splitlines() == lines  # what is finished is not run again
