@@ -100,7 +100,7 @@ def fold_batchnorm(model):
 
 class SampledFirst(nn.Module):
     """AFNB or APNB of ANN, its BatchNorms folded, with all that acts on the context alone applied to the 110 samples
-    instead of the HW positions. The same, since with attention A, samples v, a bottleneck (W_1, W_2) of cat(context, x):
+    instead of the HW positions. The same, since for attention A, samples v, bottleneck (W_1, W_2) of cat(context, x):
 
         W_1 W_o (A W_v v) + W_2 x = A (W_1 W_o W_v v) + W_2 x
 
