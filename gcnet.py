@@ -93,7 +93,7 @@ def add_blocks(resnet, block, place):
         context_block = block(len(getattr(residual, last).weight))
         if hasattr(residual, "context_block"):
             residual.context_block = context_block
-        else:  # torchvision's
+        else:  # torchvision's; its published weights must be loaded before, since bn3 becomes bn3.0
             setattr(residual, last, nn.Sequential(getattr(residual, last), context_block))
 
 

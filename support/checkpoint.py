@@ -279,7 +279,7 @@ def load_initial(model, settings, leader):
 
     def read_weights():
         if settings.init:
-            load_init(model, settings.init)
+            load_init(model, settings.init, settings.blocks)
         else:
             load_backbone(model, settings.pretrained, settings.depth)
         return model.state_dict()
@@ -287,9 +287,11 @@ def load_initial(model, settings, leader):
     model.load_state_dict(share(read_weights, leader))
 
 
-def context_blocks(module):
-    """The weights of the blocks in a backbone: a file without them leaves them as they start, the identity."""
-    return {key: value for key, value in module.state_dict().items() if ".context_block." in key}
+def fresh_blocks(module, given):
+    """The weights, as they are, of those blocks in a backbone of which a file's weights `given` have none."""
+    there = {key.partition(".context_block.")[0] for key in given}
+    own = {key: value for key, value in module.state_dict().items() if ".context_block." in key}
+    return {key: value for key, value in own.items() if key.partition(".context_block.")[0] not in there}
 
 
 def load_backbone(model, source, depth):
@@ -305,19 +307,23 @@ def load_backbone(model, source, depth):
     except InputError as error:
         raise InputError(f"{error}; without ImageNet weights: --pretrained none") from None
     named = saved.get("state_dict", saved) if isinstance(saved, dict) else None
-    if not isinstance(named, dict):
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named):
         raise InputError(f"--pretrained {source}: holds no weights by name")
     weights = {name: value for name, value in named.items() if not name.startswith("fc.")}
-    load_weights(model.backbone, context_blocks(model.backbone) | weights, source)
+    load_weights(model.backbone, fresh_blocks(model.backbone, weights) | weights, source)
 
 
-def load_init(model, source):
+def load_init(model, source, blocks=None):
     """Starts the model from a checkpoint, but for classifiers with another number of classes; prints what was loaded.
 
-    source is that of `load`. Raises InputError.
+    source is that of `load`; blocks is the model's setting, (block, place) or None. Raises InputError.
     """
-    own, given = model.state_dict(), load(source)["model"]
-    weights = context_blocks(model) | given
+    saved = load(source)
+    theirs = saved["config"]["blocks"]
+    if blocks and theirs and blocks[0] != theirs[0]:  # other blocks may have weights of the same names
+        raise InputError(f"--init {source}: its blocks are {theirs[0]}, not {blocks[0]}")
+    own, given = model.state_dict(), saved["model"]
+    weights = fresh_blocks(model, given) | given
     kept = {key for key in weights if "conv_seg" in key and key in own and weights[key].shape != own[key].shape}
     load_weights(model, {key: own[key] if key in kept else weights[key] for key in weights}, source)
     classifiers = "but the classifiers, which start anew: other classes" if kept else "classifiers too"

@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("ImageNet, R-50", "", "", "25.56", "3.86"),
-    Row("ImageNet, R-50", "nl", "res4", "27.66", "4.11", "published: phi and g subsampled, attention not counted"),
+    Row("ImageNet, R-50", "nl", "res4", "27.66", "4.11", "published: phi and g on fewer positions, and no attention"),
     Row("ImageNet, R-50", "snl", "res4", "26.61", "3.86"),
     Row("ImageNet, R-50", "gc16", "res4", "25.69", "3.86"),
     Row("ImageNet, R-50", "gc16", "res3-res5", "28.08", "3.87"),

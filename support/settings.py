@@ -240,6 +240,10 @@ def decide(given, out, resume):
         refuse_changes(given, known, out)
         if (out / "last.pt").exists():
             saved = load(out / "last.pt")
+            for name in ("model", "depth", "blocks", "cityscapes_ablation", "align_corners"):
+                if saved["config"][name] != known[name]:
+                    was = saved["config"][name]
+                    raise InputError(f"{out}/config.json: {name}: {known[name]}, but last.pt was trained with {was}")
         elif (out / "best.pt").exists():
             raise InputError(f"{out}: holds no last.pt to continue from; --init {out}/best.pt starts a new run")
     else:

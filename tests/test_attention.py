@@ -16,7 +16,6 @@ from ann import AsymmetricNonLocalBlock
 from gcnet import GCBlock, SimplifiedNonLocalBlock
 from nonlocal_net import NonLocalBlock
 from support import checkpoint
-from support.command import InputError
 from tools import attention
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -69,9 +68,15 @@ def test_the_maps_reproduce_the_output(block):
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_that_are_no_softmax_are_refused():
-    with pytest.raises(InputError, match="dot_product"):
-        attention.query_and_key(NonLocalBlock(4, mode="dot_product"), torch.zeros(1, 4, 2, 2))
+@pytest.mark.parametrize("block", ["nl-dot-product", "nl-concatenation"])
+def test_weights_that_are_no_softmax_are_left_out(block, folder, tmp_path, run_inside):
+    save_model(tmp_path / "gc.pt", "gcnet", blocks=[block, "res4"])
+    save_model(tmp_path / "fcn.pt", "fcn", blocks=[block, "res4"])
+    note, _, _, row = run_inside(attention, "gc.pt", "--statistics", "--data-root", folder).splitlines()[:4]
+    assert note.startswith("gc.pt: backbone.layer3.1.context_block is not shown: mode ")
+    assert row.startswith("GC block (one map for all queries) of gc.pt")
+    message = run_inside(attention, "fcn.pt", "--data-root", folder, fails=True)
+    assert message == "fcn.pt: has no context block whose attention is a softmax"
 
 
 def test_cosine_distance_is_the_mean_over_all_pairs():

@@ -160,6 +160,9 @@ def test_weights_without_the_blocks_leave_them_fresh(tmp_path):
     torch.save({k: v for k, v in plain.backbone.state_dict().items() if k != "layer2.0.bn2.bias"}, tmp_path / "cut.pth")
     with pytest.raises(InputError, match="cut.pth: does not fit.*layer2.0.bn2.bias"):
         checkpoint.load_backbone(model, tmp_path / "cut.pth", 18)
+    torch.save(plain.backbone.state_dict() | {5: torch.ones(1)}, tmp_path / "number.pth")
+    with pytest.raises(InputError, match="number.pth: holds no weights by name"):
+        checkpoint.load_backbone(model, tmp_path / "number.pth", 18)
     torch.save(model.backbone.state_dict(), tmp_path / "with.pth")
     with pytest.raises(InputError, match="with.pth: does not fit.*context_block"):
         checkpoint.load_backbone(plain, tmp_path / "with.pth", 18)
@@ -180,10 +183,24 @@ def test_commands(folder, run_inside, tmp_path):
     assert "mIoU" in run_inside(evaluate, "run/last.pt", "--workers", 0)
     assert "1 images" in run_inside(predict, image, "--checkpoint", "run/last.pt")
 
-    with pytest.raises(InputError, match="last.pt: does not fit.*context_block"):
-        checkpoint.load_init(checkpoint.build_model(state["config"] | {"blocks": None}), tmp_path / "run/last.pt")
+    for blocks, words in (
+        (None, "does not fit.*context_block"),  # it has none
+        (["gc16", "alternate"], "does not fit.*context_block"),  # nor so many
+        (["gc16-avg", "res3-res5"], "its blocks are gc16, not gc16-avg"),
+    ):
+        with pytest.raises(InputError, match=f"last.pt: {words}"):
+            model = checkpoint.build_model(state["config"] | {"blocks": blocks})
+            checkpoint.load_init(model, tmp_path / "run/last.pt", blocks)
+    del state["model"]["backbone.layer3.0.context_block.conv_mask.weight"]
+    torch.save(state, tmp_path / "torn.pt")
+    with pytest.raises(InputError, match="torn.pt: does not fit.*layer3.0.context_block.conv_mask.weight"):
+        checkpoint.load_init(checkpoint.build_model(state["config"]), tmp_path / "torn.pt", state["config"]["blocks"])
     message = run_inside(train, "--resume", "--out", "run", "--blocks", "gc4", "res3-res5", fails=True)
     assert message == "--blocks ['gc4', 'res3-res5']: the run in run has ['gc16', 'res3-res5']"
+    path = tmp_path / "run/config.json"
+    path.write_text(path.read_text().replace('"gc16"', '"gc32"'))
+    message = run_inside(train, "--resume", "--out", "run", fails=True)
+    assert message.startswith("run/config.json: blocks: ['gc32', 'res3-res5'], but last.pt was trained with ['gc16', ")
     for words in (("res4", "nl"), ("nl", "res5"), ("gc", "res4")):
         message = run_inside(train, "--blocks", *words, "--out", "other", fails=True)
         assert message == f"--blocks {' '.join(words)}: is no BLOCK and PLACE; --help names them"

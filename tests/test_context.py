@@ -136,6 +136,9 @@ def test_the_ablation_is_one_command(run_inside, tmp_path):
     state = torch.load(tmp_path / "runs/ablation/context-ann-0/best.pt", weights_only=True)
     assert span == f"{miou}, {miou}" and 0 < float(miou) <= 100 * state["best_miou"] + 0.05 and float(speed) > 0
     assert run_inside(ablation, *command, 1).splitlines() == lines  # what is finished is not run again
-    assert "runs/ablation/context-ann-0: holds a run with iters 1, not 2" in run_inside(
-        ablation, *command, 2, fails=True
-    )
+    message = run_inside(ablation, *command, 2, fails=True)
+    assert message.startswith("runs/ablation/context-ann-0: holds a run with iters 1, not 2")
+    path = tmp_path / "runs/ablation/context-ann-0/config.json"
+    path.write_text(path.read_text().replace('"blocks": null', '"blocks": ["nl", "res4"]'))
+    message = run_inside(ablation, *command, 1, fails=True)
+    assert message.startswith("runs/ablation/context-ann-0: holds a run with blocks ['nl', 'res4'], not None")

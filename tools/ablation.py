@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from support.command import InputError, Parser, positive, run_command
 from support.fast import for_inference
 from support.run import read_config, read_log
 from support.scenes import LEGEND_FORMS, decided_afar
-from support.settings import DRAWN, PRESETS
+from support.settings import DRAWN, PRESETS, Settings, defaults, read_settings
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 ROWS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")  # of the table, the baseline first
@@ -38,12 +39,15 @@ def result(out, model, seed, args):
     run."""
     if not (out / "config.json").exists():
         return None
-    config = read_config(out)
-    expected = {"dataset": args.dataset, "model": model, "seed": seed, "iters": args.iters, "amp": args.amp}
-    expected["lr"] = PRESETS[args.dataset].lr
-    for name, value in expected.items():
-        if config.get(name) != value:
-            raise InputError(f"{out}: holds a run with {name} {config.get(name)}, not {value}; name another --out")
+    config = read_settings(out)
+    given = {"dataset": args.dataset, "model": model, "seed": seed, "iters": args.iters, "amp": args.amp}
+    expected = Settings(**defaults(given) | given)
+    expected.effective_batch = expected.batch_size
+    for each in fields(Settings):
+        value = getattr(expected, each.name)
+        had = config.get(each.name, value)
+        if had != value and not each.metadata["free"] and each.name not in ("classes", "palette"):
+            raise InputError(f"{out}: holds a run with {each.name} {had}, not {value}; name another --out")
     return validations(out).get(args.iters)
 
 
@@ -64,6 +68,8 @@ def train(out, model, seed, args):
         process.terminate()  # as Ctrl-C, which it has received too, this has it save
         process.wait()
         raise
+    if process.returncode == 2:
+        raise InputError(f"{out}: its training was refused; the line above says why")
     if process.returncode or result(out, model, seed, args) is None:
         raise InputError(f"{out}: its training has stopped; to go on, repeat the command")
 
@@ -84,7 +90,7 @@ def row(model, runs, iters):
 
 
 def course(runs):
-    """Lines of a table: the mean mIoU of each model's runs after each fifth of the steps."""
+    """Lines of a table: the mean mIoU of each model's runs at every other validation, and at the last."""
     steps = sorted(validations(next(iter(runs.values()))[0]))[::-2][::-1]
     lines = ["| mIoU after | " + " | ".join(map(str, steps)) + " |", "|---" + "|--:" * len(steps) + "|"]
     for model, folders in runs.items():
@@ -134,6 +140,7 @@ def main():
     add("--out", default="runs/ablation", help="where the runs' folders are (default: runs/ablation)")
     args = parser.parse_args()
     args.iters = args.iters or PRESETS[args.dataset].iters
+    args.model = list(dict.fromkeys(args.model))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: raises KeyboardInterrupt
     runs = {
         model: [Path(args.out, f"{args.dataset}-{model}-{seed}") for seed in range(args.seeds)] for model in args.model

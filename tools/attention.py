@@ -5,10 +5,10 @@
     python -m tools.attention runs/A/best.pt runs/B/best.pt photos/ --html
     python -m tools.attention runs/A/best.pt --statistics               # does attention depend on the query?
 
-Writes OUT/NAME.png for each image: a row for each block, a panel for each query point, as in figure 1 of GCNet. --html
-writes OUT/attention.html too, a page of one file, where the pointer is the query. --statistics prints mean cosine
-distances, as GCNet's authors published them. Where attention's is 0, it does not depend on the query: by design in GC,
-and in a non-local block also while its weights for all positions are still alike.
+Writes OUT/NAME.png for each image: a row for each block (a column, if the image is wide), and in it a panel for each
+query point, as in figure 1 of GCNet. --html writes OUT/attention.html too, a page of one file, where the pointer is the
+query. --statistics prints mean cosine distances, as GCNet's authors published them. Where attention's is 0, it does not
+depend on the query: by design in GC, and in a non-local block also while its weights for all positions are still alike.
 
     block        position i weighs            by
     Non-local    all positions j              softmax_j(theta(x_i) . phi(x_j) / sqrt(channels))
@@ -51,6 +51,7 @@ TITLES = {
     AFNB: "AFNB (110 samples)",
     APNB: "APNB (110 samples)",
 }
+NO_SOFTMAX = ("dot_product", "concatenation")  # modes of a non-local block
 PUBLISHED = {  # by GCNet's authors, of trained embedded Gaussian blocks: input, attention, output
     "COCO": (0.401, 0.020, 0.012),
     "ImageNet": (0.358, 0.004, 0.003),
@@ -77,10 +78,10 @@ class Seen(NamedTuple):
 
 
 def titles_of(model):
-    """{context block: its title} of a model."""
+    """{context block: its title} of a model, but for blocks whose weights are no softmax, and may be negative."""
     titles = {}
     for name, module in model.named_modules():
-        if type(module) in TITLES:
+        if type(module) in TITLES and getattr(module, "mode", None) not in NO_SOFTMAX:
             block = module.stages[0] if isinstance(module, AFNB | APNB) else module
             place = name.removeprefix("backbone.").removesuffix(".context_block")
             titles[block] = TITLES[type(module)] + (f" in {place}" if name.startswith("backbone.") else "")
@@ -98,10 +99,8 @@ def query_and_key(block, x, y=None):
     elif block.mode == "embedded_gaussian":
         query, key = block.theta(x), block.phi(x)
         query = query * key.shape[1] ** -0.5
-    elif block.mode == "gaussian":
+    else:  # gaussian
         query = key = x
-    else:
-        raise InputError(f"mode {block.mode}: its weights are no softmax, and may be negative; they are not shown")
     return query.flatten(2).transpose(1, 2), key.flatten(2).transpose(1, 2)
 
 
@@ -289,8 +288,11 @@ def load_models(sources, device):
     models = []
     for source in sources:
         model, config = load_model(source)
+        for name, module in model.named_modules():
+            if isinstance(module, NonLocalBlock) and module.mode in NO_SOFTMAX:
+                print(f"{source}: {name} is not shown: mode {module.mode}, whose weights are no softmax")
         if not titles_of(model):
-            raise InputError(f"{source}: has no context block, so no attention")
+            raise InputError(f"{source}: has no context block whose attention is a softmax")
         models.append((source, model.eval().to(device, memory_format=torch.channels_last), config))
     return models
 
