@@ -162,6 +162,19 @@ def test_pictures_and_page(page):
     assert len(nonlocal_net["to_mean"]) == 240 and float(nonlocal_net["distance"]) > 0 == float(gcnet["distance"])
 
 
+def test_a_wide_image_has_a_column_for_each_block(models, tmp_path, run_inside):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 200, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    queries = ["--query", "5", "6", "--query", "199", "31"]
+    run_inside(attention, models["nonlocal_net"], models["gcnet"], "wide.png", *queries)
+    picture = Image.open(tmp_path / "attention/wide.png")
+    assert picture.size == (8 + 2 * 308, 8 + 124 + 3 * 56)
+    pixels = np.asarray(picture).astype(int)
+    for column, alike in ((0, False), (1, True)):  # away from the marks, GC's panels are the same
+        one, two = (pixels[132 + i * 56 : 180 + i * 56, 308 * column + 40 : 308 * column + 280] for i in (1, 2))
+        assert (one == two).all() == alike and one.std() > 1
+
+
 @pytest.mark.slow
 def test_images_of_the_data_set(models, folder, tmp_path, run_script):
     done = run_script("tools.attention", models["gcnet"], "--data-root", folder, "--out", "to")

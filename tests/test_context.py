@@ -126,7 +126,7 @@ def test_the_ablation_counts_what_the_far_end_decides(name, monkeypatch):
 
 @pytest.mark.slow
 def test_the_ablation_is_one_command(run_inside, tmp_path):
-    command = ("--seeds", 1, "--model", "ann", "--iters")
+    command = ("--seeds", 1, "--model", "ann", "ann", "--iters")
     lines = run_inside(ablation, *command, 1).splitlines()
     table = [line for line in lines if line.startswith("|")]
     name, miou, span, parameters, multiply_adds, speed = table[2].strip("| ").split(" | ")
@@ -138,6 +138,10 @@ def test_the_ablation_is_one_command(run_inside, tmp_path):
     assert run_inside(ablation, *command, 1).splitlines() == lines  # what is finished is not run again
     message = run_inside(ablation, *command, 2, fails=True)
     assert message.startswith("runs/ablation/context-ann-0: holds a run with iters 1, not 2")
+    (tmp_path / "torn/context-ann-0").mkdir(parents=True)
+    (tmp_path / "torn/context-ann-0/log.jsonl").touch()
+    message = run_inside(ablation, *command, 1, "--out", "torn", fails=True)
+    assert message == "torn/context-ann-0: its training was refused; the line above says why"
     path = tmp_path / "runs/ablation/context-ann-0/config.json"
     path.write_text(path.read_text().replace('"blocks": null', '"blocks": ["nl", "res4"]'))
     message = run_inside(ablation, *command, 1, fails=True)

@@ -42,7 +42,7 @@ def result(out, model, seed, args):
     config = read_settings(out)
     given = {"dataset": args.dataset, "model": model, "seed": seed, "iters": args.iters, "amp": args.amp}
     expected = Settings(**defaults(given) | given)
-    expected.effective_batch = expected.batch_size
+    expected.effective_batch = expected.batch_size  # one process trains
     for each in fields(Settings):
         value = getattr(expected, each.name)
         had = config.get(each.name, value)

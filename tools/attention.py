@@ -193,7 +193,9 @@ def picture(image, points, blocks, gap=8):
     with the query points and a panel for each of these. If the image is wide, a column for each block instead."""
     photo, font = Image.fromarray(image.numpy()), ImageFont.load_default(14)
     wide = photo.width > 3 * photo.height
-    tile, head, room = (300, 124, 0) if wide else (224, 24, 960)  # head: the height of the text, room: its width
+    tile = 300 if wide else 224  # the longer side of a panel
+    head = 124 if wide else 24  # the height of the text over a block's panels
+    room = 0 if wide else 960  # what the text needs across
     width, height = (max(round(side * tile / max(photo.size)), 1) for side in photo.size)
     photo = photo.resize((width, height))
     grey = photo.convert("L").convert("RGB")
