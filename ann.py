@@ -107,8 +107,8 @@ class ANNHead(Head):
 class ANN(Segmentor):
     """ANN for segmentation; the arguments, input and output are Segmentor's."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
-        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+    def __init__(self, num_classes, depth=50, align_corners=False, **options):
+        super().__init__(num_classes, depth, align_corners, **options)
         self.decode_head = ANNHead(*self.backbone.channels[2:], self.channels, num_classes)
 
     def decode(self, c3, c4):

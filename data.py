@@ -1,7 +1,7 @@
 """From a data set to the batches of a run. The augmentation, in the recipe's order, and where it is done:
 
     keep-ratio resize, random crop, flip              TrainData, for each sample, on the CPU
-    photometric distortion, normalisation, padding    to_device, for the whole batch, on its device
+    photometric distortion, normalisation, padding    distort_and_normalise, for the whole batch, on its device
 
 Images are uint8 RGB (H, W, 3), labels uint8 (H, W): the class, or 255 (VOID) where there is none. Sizes are (height,
 width), but a scale is (long side, short side), as the published recipes name it.
@@ -13,26 +13,21 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from support.command import InputError
-from support.images import VOID
-from support.processes import check_same, loading
-from support.resize import resize
+from support.images import VOID, normalise, resize
+from support.processes import from_rank_0, loading
 from support.settings import PRESETS
-
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
 
 
 def open_data(name, root, split, cache=None):
     """One split of the data set of the preset `name`, an images.Files or scenes.Scenes: item i is (image, label).
 
-    root is its folder, or None for the usual one; cache a folder for decoded images, or None. Raises InputError if
-    files are missing, or the split has no images.
+    root is its folder, or None for the usual one; cache a folder for decoded images, or None. Process 0 looks for the
+    files, for all. Raises InputError if files are missing, or the split has no images.
     """
-    data = PRESETS[name].data(root, split)
+    data = from_rank_0(PRESETS[name].data, root, split)
     data.name, data.split, data.cache = name, split, cache
     if not data.files:
         raise InputError(f"{root or name}: there are no images in the split {split!r}")
-    check_same(f"the split {split!r}", [list(data.classes), [path.name for path, _ in data.files]])
     return data
 
 
@@ -113,9 +108,9 @@ def draw_colour(rng):
     return torch.tensor(values, dtype=torch.float32)
 
 
-def to_device(batch, device):
-    """A batch of TrainData's samples as normalised images float32 (N, 3, H, W), zero in the padding, and labels int64
-    (N, H, W)."""
+def distort_and_normalise(batch, device):
+    """A batch of TrainData's samples, on the device: images float32 (N, 3, H, W), their colours distorted, normalised,
+    zero in the padding; and labels int64 (N, H, W)."""
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "file"}
     images = normalise(distort(batch["image"].float(), batch["colour"]))
     (height, width), (h, w) = images.shape[2:], batch["valid"][:, :, None].unbind(1)
@@ -136,12 +131,6 @@ def distort(images, colour):
     k = (h + 6 * hue + torch.tensor([5, 3, 1], device=x.device)[:, None, None]) % 6
     x = value - torch.minimum(chroma * saturation, value) * torch.minimum(k, 4 - k).clamp(0, 1)
     return (x.round() * late_contrast).clamp(0, 255).floor()
-
-
-def normalise(images):
-    """Images (N, 3, H, W) in 0..255 by the ImageNet means and deviations, as float32."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
-    return (images - mean) / std
 
 
 def training_loader(data, settings, iteration, rank, world, pin_memory):

@@ -111,8 +111,8 @@ class SNLHead(FCNHead):
 class SNLNet(Segmentor):
     """The ablation's step between NonLocalNet and GCNet; the arguments, input and output are Segmentor's."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
-        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+    def __init__(self, num_classes, depth=50, align_corners=False, **options):
+        super().__init__(num_classes, depth, align_corners, **options)
         self.decode_head = SNLHead(self.backbone.channels[3], self.channels, num_classes)
 
 
@@ -130,6 +130,6 @@ class GCHead(FCNHead):
 class GCNet(Segmentor):
     """GCNet for segmentation; the arguments, input and output are Segmentor's."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
-        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+    def __init__(self, num_classes, depth=50, align_corners=False, **options):
+        super().__init__(num_classes, depth, align_corners, **options)
         self.decode_head = GCHead(self.backbone.channels[3], self.channels, num_classes)

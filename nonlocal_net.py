@@ -115,7 +115,6 @@ class NonLocalHead(FCNHead):
 class NonLocalNet(Segmentor):
     """NonLocalNet for segmentation; reduction and mode are NonLocalBlock's, the rest is Segmentor's."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256,
-                 reduction=2, mode="embedded_gaussian"):
-        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+    def __init__(self, num_classes, depth=50, align_corners=False, reduction=2, mode="embedded_gaussian", **options):
+        super().__init__(num_classes, depth, align_corners, **options)
         self.decode_head = NonLocalHead(self.backbone.channels[3], self.channels, num_classes, reduction, mode)

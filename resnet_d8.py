@@ -199,26 +199,23 @@ class Segmentor(nn.Module):
     def decode(self, c3, c4):
         return self.decode_head(c4)
 
-    def coarse(self, images):                               # (N, 3, H, W)
-        """The logits of both heads, (N, K, H/8, W/8) rounded up; in eval mode the auxiliary ones are None."""
-        c3, c4 = self.backbone(images)[2:]                  # c1 and c2 are freed before the heads need memory
-        return self.decode(c3, c4), (self.auxiliary_head(c3) if self.training else None)
-
     def forward(self, images):                              # (N, 3, H, W)
-        logits, aux_logits = self.coarse(images)            # (N, K, H/8, W/8)
+        c3, c4 = self.backbone(images)[2:]                  # (N, 1024, H/8, W/8), (N, 2048, H/8, W/8)
+        logits = self.resize(self.decode(c3, c4), images)   # (N, K, H, W)
         if not self.training:
-            return self.resize(logits, images)              # (N, K, H, W)
-        return self.resize(logits, images), self.resize(aux_logits, images)
+            return logits
+        return logits, self.resize(self.auxiliary_head(c3), images)
 
-    def resize(self, logits, images):
-        # In full precision under autocast too. Contiguous (channels first), as the loss needs it.
-        logits = logits.to(images.dtype).contiguous()
+    def resize(self, logits, images):                       # (N, K, H/8, W/8), rounded up
+        logits = logits.to(images.dtype)                    # in full precision under autocast, too
+        if self.training:
+            logits = logits.contiguous()                    # channels first, as the loss needs it
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
 
 
 class FCN(Segmentor):
     """The baseline: no context block. A pixel sees what the convolutions' receptive field holds."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
-        super().__init__(num_classes, depth, align_corners, stem_channels, aux_channels)
+    def __init__(self, num_classes, depth=50, align_corners=False, **options):
+        super().__init__(num_classes, depth, align_corners, **options)
         self.decode_head = FCNHead(self.backbone.channels[3], self.channels, num_classes)

@@ -10,6 +10,8 @@ Ctrl-C leaves a checkpoint.
 """
 
 import copy
+import math
+import os
 import signal
 import sys
 import time
@@ -19,15 +21,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import open_data, to_device, training_loader
-from evaluate import evaluate, evaluation_loader, predict, report
+from data import distort_and_normalise, open_data, training_loader
+from evaluate import evaluate, evaluation_loader, metrics_table, predict
 from support.checkpoint import State, build_model, load_initial, restore
-from support.class_weights import class_weights
 from support.command import collect_signals, run_command
 from support.fast import for_inference
-from support.processes import be_deterministic, patient, rank_and_world, start_process, sum_over_processes
-from support.run import Run
-from support.settings import AMP, agree, complete, describe_batch, describe_run, parse
+from support.processes import from_rank_0, rank_and_world, start_process, sum_over_processes
+from support.run import Run, add_classes, describe, open_run
+from support.scan import class_weights
+from support.settings import AMP, parse
 
 
 def poly_lr(iteration, iters, lr=0.01, min_lr=1e-4, power=0.9):
@@ -75,24 +77,39 @@ def main():
     given, out, resume, device_name = parse(__doc__)
     device = start_process(device_name)
     rank, world = rank_and_world()
-    settings, saved, leader = agree(given, out, resume)
+    settings, saved = from_rank_0(open_run, out, given, resume)
+
     train_data = open_data(settings.dataset, settings.data_root, "train", settings.cache)
     val_data = open_data(settings.dataset, settings.data_root, "val", settings.cache)
-    complete(settings, out, train_data, val_data)
-    weight = class_weights(settings.class_weights, train_data, device, settings.workers)
-    state = initial_state(settings, device, out, saved, leader)
-    del saved  # as large as the state
-    model = nn.parallel.DistributedDataParallel(state.model) if world > 1 else state.model
+    add_classes(settings, train_data, val_data, out)
+    class_weight = class_weights(settings.class_weights, train_data, device, settings.workers)
+
+    model = initial_model(settings, device, from_scratch=saved is None)
+    optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+    state = State(model, optimizer, scaler)
+    if saved:
+        restore(state, saved, out / "last.pt")
+        del saved  # as large as the state
+    model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     model = torch.compile(model) if settings.compile else model
+
     signals = collect_signals()
-    loader = patient(training_loader(train_data, settings, state.iteration, rank, world, device.type == "cuda"))
+    loader = training_loader(train_data, settings, state.iteration, rank, world, device.type == "cuda")
     val_loader = evaluation_loader(val_data, settings.workers)
-    with Run(out, settings, state.iteration, leader) as run:
-        run.say(describe_run(settings, len(train_data), state.iteration, out))
-        run.say(describe_batch(settings, device))
+    batches = []
+    with Run(out, settings, state.iteration) as run:
+        run.say(describe(settings, len(train_data), state.iteration, out, device))
         while True:
-            if validation_is_due(state.iteration, settings.iters):  # first, for a run that was stopped before it
+            asked = torch.tensor([len(signals), run.save_is_due()], device=device)
+            stop, save_is_due = (sum_over_processes(asked) > 0).tolist()
+            if validation_is_due(state.iteration, settings.iters) and not stop:
                 result = validate(state, val_data, val_loader, settings, run)
+            elif (stop or save_is_due) and batches:
+                save_if_finite(state, batches[0][0], run)
+            if stop:
+                run.say(f"stopped after iteration {state.iteration}; continue with --resume --out {out}")
+                sys.exit(128 + (signals or [signal.SIGTERM])[0])  # another process may have received it
             if state.iteration == settings.iters:
                 break
 
@@ -100,62 +117,68 @@ def main():
             lr = poly_lr(state.iteration, settings.iters, settings.lr)
             torch.manual_seed((settings.seed * settings.iters + state.iteration) * world + rank)  # for the dropout
             loaded = [next(loader) for _ in range(settings.accumulate)]
-            batches = [to_device(batch, device) for batch in loaded]
-            scale = state.scaler.get_scale()
-            loss, aux_loss = training_step(model, state.optimizer, state.scaler, batches, lr, weight, AMP[settings.amp])
-            skipped = state.scaler.get_scale() < scale  # fp16: a gradient overflowed
-
+            batches = [distort_and_normalise(batch, device) for batch in loaded]
+            scale = scaler.get_scale()
+            loss, aux_loss = training_step(model, optimizer, scaler, batches, lr, class_weight, AMP[settings.amp])
+            skipped = scaler.get_scale() < scale  # fp16: a gradient overflowed
             run.step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began, loaded)
             state.iteration += 1
-            asked = torch.tensor([len(signals), run.save_is_due()], device=device)
-            stop, save_is_due = (sum_over_processes(asked) > 0).tolist()
-            if stop or save_is_due or validation_is_due(state.iteration, settings.iters):
-                run.save("last.pt", state)
-            if stop:
-                run.say(f"stopped after iteration {state.iteration} and saved; go on with --resume --out {out}")
-                sys.exit(128 + (signals or [signal.SIGTERM])[0])  # another process may have received it
-    run.say(report(result, settings.classes))
+    run.say(metrics_table(result, settings.classes))
     run.say(f"page: {out / 'report.html'}   best checkpoint: {out / 'best.pt'} ({state.best_miou:.2%})")
 
 
-def initial_state(settings, device, out, saved=None, leader=0):
-    """The State that a run begins with: that of the checkpoint `saved`, or a new one, whose weights are those that the
-    process `leader` has read. Raises InputError if they do not fit."""
+def initial_model(settings, device, from_scratch=True):
+    """The model that a run begins with, in training mode on the device; with its first weights, the same in all
+    processes, unless a checkpoint's will replace them."""
     if settings.deterministic:
-        be_deterministic()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # warns where torch has no such kernel
     torch.manual_seed(settings.seed)
-    model = build_model(vars(settings))
-    if saved is None:
-        load_initial(model, settings, leader)
+    model = build_model(settings)
+    if from_scratch:
+        load_initial(model, settings)
     if rank_and_world()[1] > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-    state = State(model.train(), optimizer, scaler)
-    if saved:
-        restore(state, saved, settings.iters, out / "last.pt")
-    return state
+    return model.to(device, memory_format=torch.channels_last).train()
 
 
 def validation_is_due(iteration, iters):
     """After each tenth of the run, and at its end."""
-    return iteration == iters or iteration > 0 and iteration % -(-iters // 10) == 0
+    return iteration == iters or iteration > 0 and iteration % math.ceil(iters / 10) == 0
 
 
 def validate(state, data, loader, settings, run):
-    """The metrics() of the weights as they are, which are also logged and shown. Saves the state if it is the best."""
-    config = vars(settings)
+    """The metrics() of the present weights, which are also logged and shown. Saves the state, as best.pt too if no
+    validation was better. Raises InputError, and saves nothing, if the training has diverged."""
+    if dist.is_initialized():
+        for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP goes on with those of process 0
+            dist.broadcast(buffer, 0)
     model = for_inference(copy.deepcopy(state.model), next(state.model.parameters()).device)
-    result = evaluate(model, data, loader, config, with_loss=True)
-    run.note_missing_classes()
+    try:
+        result = evaluate(model, data, loader, settings, with_loss=True)
+    except FloatingPointError as error:
+        raise run.diverged(state.iteration, error) from None
+    best = result["mIoU"] >= state.best_miou
+    state.best_miou = max(result["mIoU"], state.best_miou)
+    run.save(state)
+    if best:
+        run.save(state, "best.pt")
     if run.writes:
-        shown = range(0, len(data), -(-len(data) // 4))
-        run.show(state.iteration, result, [(*data[i], predict(model, data[i][0][None], config)[0]) for i in shown])
-        if result["mIoU"] > state.best_miou:
-            state.best_miou = result["mIoU"]
-            run.save("best.pt", state)
+        shown = range(0, len(data), math.ceil(len(data) / 4))
+        rows = [(*data[i], predict(model, data[i][0], settings)[0]) for i in shown]
+        run.show(state.iteration, result, rows)
     return result
+
+
+def save_if_finite(state, images, run):
+    """Saves the state. Raises InputError, and saves nothing, if the model in eval mode gives for images (N, 3, H, W)
+    what is not finite: then the training has diverged, though its loss may still be a number."""
+    with torch.inference_mode():
+        finite = state.model.eval()(images).isfinite().all()
+    state.model.train()
+    if not finite:
+        raise run.diverged(state.iteration, "the model's scores are not numbers")
+    run.save(state)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import errno
-import multiprocessing
 import os
 import re
 import signal
@@ -31,10 +29,13 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=formatter, **options)
 
+    def error(self, message):
+        raise InputError(message)
+
     def parse_known_args(self, *arguments, **options):
         parsed, others = super().parse_known_args(*arguments, **options)
         for name, value in vars(parsed).items():
-            if value == "" or isinstance(value, list) and "" in value:
+            if value == "" or isinstance(value, list) and "" in value:  # such as "$DATA" where DATA is not set
                 raise InputError(f"{name}: is empty")
         return parsed, others
 
@@ -46,16 +47,8 @@ class Parser(argparse.ArgumentParser):
         text = "go over an image in windows of the crop's size, this far apart: memory for one row of windows is enough"
         self.add_argument("--stride", type=positive, nargs=2, metavar=("H", "W"), help=text)
 
-    def error(self, message):
-        raise InputError(message)
-
-
-def split_name(text):
-    """The name of a split, for argparse."""
-    path = Path(text)
-    if not path.parts or ".." in path.parts or path.is_absolute():
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a split")
-    return text
+    def add_overwrite(self):
+        self.add_argument("--overwrite", action="store_true", help="replace output files that are there")
 
 
 def whole_number(text):
@@ -98,27 +91,25 @@ def collect_signals():
 
 def run_command(main):
     """Calls main(). A mistake that the user can correct is one line on stderr and exit status 2, not a traceback."""
-    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # both may have been closed
-    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stdout.reconfigure(errors="replace")  # a class's name may hold letters that the terminal lacks
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        fail(error)
+        end_with(error)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def fail(error):
+def end_with(error):
     """Ends the process: with one line and status 2 if the user can do something, else with a traceback and 1."""
     message = explain(error)
     if message is None:
         # If a connection to another process has ended, that one has failed, and says why.
         if not (dist.is_initialized() and re.search("(closed|reset) by peer", str(error))):
             traceback.print_exception(error)
-        end(1)
+        exit_at_once(1)
     # All processes meet the user's mistake. The first reports it, and torchrun ends the others while they wait here.
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -127,7 +118,7 @@ def fail(error):
     line = message.strip().replace("\n", "\\n")  # a file's name may hold one
     with contextlib.suppress(OSError):
         print(f"{start}{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
-    end(2)
+    exit_at_once(2)
 
 
 def explain(error):
@@ -139,8 +130,10 @@ def explain(error):
     if isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
         return (
             "out of memory; to train, lower --batch-size or --crop-size, or try --amp bf16; "
-            "to evaluate, leave out --aug, or make the images smaller"
+            "to evaluate, leave out --aug, or give --stride"
         )
+    if isinstance(error, FloatingPointError):
+        return f"{message}: the training has diverged, or the checkpoint is damaged"
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more"
     if isinstance(error, RuntimeError) and re.search("(timed out|timeout) (waiting|after)", message, re.I):
@@ -149,18 +142,13 @@ def explain(error):
         return f"a data-loading worker died ({message.splitlines()[0]}); if memory is short, lower --workers"
     if "shared memory" in message:
         return "/dev/shm is full; lower --workers, or give the container more (docker run --shm-size=8g)"
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{error.filename}: a file stands where a folder must be; move it, or name another folder"
     if isinstance(error, OSError):
-        unnamed = error.errno == errno.ENOSPC and error.filename is None
-        return message.splitlines()[-1] + (" (for the output)" if unnamed else "")
+        return message.splitlines()[-1]
     return None
 
 
-def end(status):
-    """Exits at once: an orderly exit would wait for data-loading workers, which wait for work, and other processes."""
+def exit_at_once(status):
+    """Ends the process. An orderly exit would wait for data-loading workers and for other processes."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    for worker in multiprocessing.active_children():
-        worker.kill()
     os._exit(status)

@@ -1,5 +1,5 @@
-"""Inference as evaluate.py runs it: a Segmentor's result, but faster and in less memory. Each part says why the result
-is the same, and is compared with the plain form in tests/test_fast.py.
+"""Inference as evaluate.py runs it: the same result as the plain form, but faster or in less memory. Each part says why
+the result is the same, and is compared with the plain form in tests/test_fast.py.
 """
 
 import itertools
@@ -8,84 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
+from tqdm import tqdm
 
 from ann import ANN
-
-ROWS = 32  # of logits, at once
-# ----------------------------------------------------------------------------------------------- resizing the logits
-
-
-def resized(logits, size, align_corners):
-    """Logits (N, K, h, w), bilinearly resized to (height, width) if they do not have that size already."""
-    if logits.shape[2:] == size:
-        return logits
-    return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
-
-
-def resized_rows(logits, sizes, align_corners):
-    """Yields (rows, part): logits (N, K, h, w) resized bilinearly to each of `sizes` in turn, a few rows at a time.
-    rows is a slice of the last size's height, part (N, K, ROWS or fewer, width).
-
-    The same as F.interpolate, which is linear along each axis: any number of resizes is one matrix for the rows and one
-    for the columns. A few rows stay in the processor's cache, and nothing of K x height x width is made, but where the
-    logits of sliding windows have that size anyway.
-    """
-    height = sizes[-1][0]
-    if logits.shape[2:] == sizes[0]:  # from sliding windows: too large for a matrix, and held at full size already
-        logits = resized(logits, sizes[-1], align_corners)
-        for start in range(0, height, ROWS):
-            yield slice(start, start + ROWS), logits[:, :, start : start + ROWS]
-        return
-    down, across = (bilinear(sides, align_corners) for sides in zip(logits.shape[2:], *sizes, strict=True))
-    logits = logits @ across.T.to(logits)
-    for start in range(0, height, ROWS):
-        rows = slice(start, min(start + ROWS, height))
-        nonzero = down[rows].any(0).nonzero()
-        used = slice(nonzero[0], nonzero[-1] + 1)
-        yield rows, down[rows, used].to(logits) @ logits[:, :, used]
-
-
-def bilinear(sides, align_corners):
-    """float32 (sides[-1], sides[0]): the matrix of the bilinear resizes from each side length to the next."""
-    matrix = torch.eye(sides[0])
-    for side in sides[1:]:
-        matrix = F.interpolate(matrix[None], side, mode="linear", align_corners=align_corners)[0]
-    return matrix.T
-
+from support.images import VOID, normalise, window_starts
+from support.processes import rank_and_world
 
 # --------------------------------------------------------------------------------------------------------- the model
 
 
 def for_inference(model, device, dtype=None, compiled=False):
-    """A Segmentor made into an `Inference` on a device, in mixed precision if dtype is bfloat16 or float16.
+    """A Segmentor in eval mode on a device, made faster; in mixed precision if dtype is bfloat16 or float16.
 
-    It is changed in place: a second copy of the weights could need more memory than the inference does.
+    It is changed in place: a second copy of the weights could need more memory than the inference does. In eval mode a
+    BatchNorm and the convolution before it are one linear map, so they become one convolution.
     """
-    fast = Inference(model, dtype).to(device, memory_format=torch.channels_last)
-    return torch.compile(fast) if compiled else fast
-
-
-class Inference(nn.Module):
-    """A Segmentor as it evaluates: images (N, 3, H, W) to logits (N, K, H/8, W/8), rounded up, which `resized_rows`
-    brings to size. In eval mode a BatchNorm and the convolution before it are one linear map, so they become one."""
-
-    def __init__(self, model, dtype=None):
-        super().__init__()
-        self.model = fold_batchnorm(model)
-        self.num_classes = model.num_classes
-        self.align_corners = model.align_corners
-        self.dtype = dtype
-        if isinstance(model, ANN):
-            head = model.decode_head
-            head.fusion, head.context = SampledFirst(head.fusion), SampledFirst(head.context)
-        if dtype:
-            for module in model.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.to(dtype)  # autocast would convert the weights in every call
-
-    def forward(self, images):
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.model.coarse(images)[0].to(images.dtype)
+    fold_batchnorm(model)
+    if isinstance(model, ANN):
+        head = model.decode_head
+        head.fusion, head.context = SampledFirst(head.fusion), SampledFirst(head.context)
+    if dtype:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(dtype)  # autocast would convert the weights in every call
+        model.forward = torch.autocast(device.type, dtype)(model.forward)
+    model.to(device, memory_format=torch.channels_last)
+    return torch.compile(model) if compiled else model
 
 
 def fold_batchnorm(model):
@@ -128,3 +76,51 @@ def conv1x1(weight, bias=None):
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None)
     conv.load_state_dict({"weight": weight[..., None, None]} | ({} if bias is None else {"bias": bias}))
     return conv
+
+
+# ------------------------------------------------------------------------------------------------------ large images
+
+
+@torch.inference_mode()
+def slide_labels(model, image, crop_size, stride, label=None):
+    """The classes of evaluate.slide_inference for an image of any size: uint8 RGB (H, W, 3) to (uint8 (H, W) on the
+    CPU, loss of `label` or None), as `to_classes` gives them.
+
+    The same, since a row of the image is finished once all windows that cover it are done: only the logits of one row
+    of windows, as wide as the image, are held at once.
+    """
+    device = next(model.parameters()).device
+    (height, width), (h, w) = image.shape[:2], crop_size
+    tops, lefts = window_starts(height, h, stride[0]), window_starts(width, w, stride[1])
+    total = torch.zeros(1, model.num_classes, min(h, height), width, device=device)
+    count = torch.zeros(min(h, height), width, device=device)
+    classes = torch.empty(height, width, dtype=torch.uint8)
+    loss = 0.0
+    bar = tqdm(tops, "rows of windows", delay=10, leave=False, disable=rank_and_world()[0] > 0, dynamic_ncols=True)
+    for top, next_top in zip(bar, [*tops[1:], height], strict=True):
+        strip = normalise(image[top : top + h].permute(2, 0, 1)[None].to(device))   # (1, 3, h, W)
+        for left in lefts:
+            columns = slice(left, left + w)
+            total[:, :, :, columns] += model(strip[:, :, :, columns])
+            count[:, columns] += 1
+        rows, done = slice(top, next_top), next_top - top
+        part = None if label is None else label[rows]
+        classes[rows], part_loss = to_classes(total[0, :, :done] / count[:done], part)
+        loss = None if label is None else loss + part_loss
+        total = F.pad(total[:, :, done:], (0, 0, 0, done))                          # moved up by the finished rows
+        count = F.pad(count[done:], (0, 0, 0, done))
+    return classes, loss
+
+
+def to_classes(scores, label=None):
+    """(the class of the largest score of each pixel, uint8 (H, W) on the CPU; the cross-entropy of scores (K, H, W) as
+    logits, summed over the valid pixels of `label`, None without one). Raises FloatingPointError if a score is not a
+    number."""
+    largest = scores.max(0)
+    if largest.values.isnan().any():
+        raise FloatingPointError("the model's scores are not numbers")
+    loss = None
+    if label is not None:
+        target = label[None].to(scores.device).long()
+        loss = F.cross_entropy(scores[None], target, ignore_index=VOID, reduction="sum").item()
+    return largest.indices.byte().cpu(), loss

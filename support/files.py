@@ -1,26 +1,27 @@
-"""Writing files so that what was there before is not lost, and so that one process at a time does."""
+"""Writing files so that nothing is lost or left half written, the rules for outputs, and downloads."""
 
 import contextlib
-import errno
 import os
 import secrets
+import socket
+import tempfile
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has other locks: nothing keeps two processes from one file there
-    fcntl = None
+from tqdm import tqdm
 
 from support.command import InputError
 
 
-def replace(path, write, sync=True):
-    """Has write(file) fill a new file, which then takes the place of `path`: at any moment that is a whole file.
+def write_file(path, write, sync=True):
+    """Calls write(file) on a new file, which then replaces `path`: at any moment there is a whole file or none.
 
-    sync  whether the file is on the disk, not only on its way there, before it takes its name
+    sync  wait until the content is on the disk, so that even a machine that goes down leaves a whole file
 
     Raises InputError if it cannot be written; what was there before stays.
     """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # for one writer alone
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # several processes may write one path
     try:
         with open(partial, "wb") as file:
             write(file)
@@ -29,22 +30,54 @@ def replace(path, write, sync=True):
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        while error.__context__:  # torch's own complaint hides the disk's
+        while error.__context__:  # torch.save raises its own error while it handles the disk's
             error = error.__context__
         with contextlib.suppress(OSError):
             partial.unlink()
-        kept = "; the one before it is whole" if path.exists() else ""
+        kept = "; the file that was there is whole" if path.exists() else ""
         raise InputError(f"{path}: cannot be written to ({error}){kept}") from None
 
 
-def lock_file(file, wait):
-    """Takes the lock of an open file, until it is closed or this process ends; if another one has it, waits for it or
-    returns False."""
+def refuse_existing(paths, overwrite):
+    """Raises InputError for the first of the paths that exists, unless `overwrite`; and always for a folder."""
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file")
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: is there already; --overwrite replaces it")
+
+
+def is_inside(path, folder):
+    """Whether a path is `folder` or lies below it, with links followed."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def refuse_output_folder(folder, inputs):
+    """Raises InputError if `folder` is, or holds, the folder in which one of the files `inputs` (paths) lies."""
+    for parent in sorted({path.parent for path in inputs}):
+        if is_inside(parent, folder):
+            raise InputError(f"{folder}: is, or holds, {parent}, where images or labels are; name another folder")
+
+
+def download(url, path):
+    """Fetches the file of a URL, with a progress bar. Raises InputError, and leaves nothing at `path`, if it cannot be
+    fetched or comes incomplete."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        # Else the file system has no locks.
-    return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder,
+            tqdm(desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
+        ):
+
+            def show(blocks, size, total):  # total is -1 if the server does not say it
+                bar.total = total if total > 0 else None
+                bar.update(blocks * size - bar.n)
+
+            partial, _ = urllib.request.urlretrieve(url, Path(folder, path.name), show)
+            os.replace(partial, path)
+    except (OSError, HTTPException, ValueError) as error:
+        raise InputError(f"{url}: cannot be fetched ({error}); or put the file here: {path}") from None
+    finally:
+        socket.setdefaulttimeout(timeout)

@@ -1,21 +1,30 @@
-"""Image files to arrays, and the data sets that are kept in files."""
+"""Image files to arrays, the data sets that are kept in files, the cache of decoded images; resizing, normalising."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from support.cache import cached
 from support.command import InputError
+from support.files import write_file
 
 VOID = 255  # no class here: neither trained on nor counted
 INVALID = 254  # in a table of label values: a value that no label file of the data set may hold
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow warns of a larger image, and refuses one of twice as many
+MEAN = (123.675, 116.28, 103.53)  # of ImageNet, in RGB
+STD = (58.395, 57.12, 57.375)
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # that are read; for some others Pillow would start programs
+CACHE_VERSION = 2  # of the arrays in a cache: one more whenever a file is decoded to something else than before
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def open_image(path):
@@ -93,14 +102,105 @@ class Files(Dataset):
 
     def __getitem__(self, i):
         image_path, label_path = self.files[i]
-        image = self.read(read_image, image_path)
+        image = cached(self.cache, read_image, image_path)
         if label_path is None:
             return image, None
-        label = self.read(read_label, label_path, self.table)
+        label = cached(self.cache, read_label, label_path, self.table)
         if image.shape[:2] != label.shape:
             (h, w), (label_h, label_w) = image.shape[:2], label.shape
             raise InputError(f"{label_path}: is {label_w}x{label_h}, but its image {image_path} is {w}x{h}")
         return image, label
 
-    def read(self, decode, *arguments):
-        return cached(self.cache, decode, *arguments) if self.cache else decode(*arguments)
+
+# --------------------------------------------------------------------------------------------------------- the cache
+
+
+def cached(folder, decode, path, *arguments):
+    """decode(path, *arguments), or the array that the folder of --cache keeps of it; None keeps nothing. The array is
+    mapped into memory, and whoever writes into it writes into a copy. A file that has changed is decoded again.
+
+    Raises InputError if the folder cannot be written to, or holds a damaged file.
+    """
+    if folder is None:
+        return decode(path, *arguments)
+    state = path.stat()
+    text = f" {state.st_mtime_ns} {state.st_size} {CACHE_VERSION}"
+    key = hashlib.sha256(os.fsencode(os.path.realpath(path)) + text.encode())
+    for argument in arguments:  # a label's table
+        key.update(argument)
+    kept = Path(folder, f"{key.hexdigest()}.npy")
+    if not kept.exists():
+        array = decode(path, *arguments).numpy()
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_file(kept, lambda file: np.save(file, array), sync=False)  # what a crash loses is made again
+        except (InputError, OSError) as error:
+            remedy = "it must be a folder with room for all images, decoded"
+            raise InputError(f"--cache {folder}: cannot be written to ({error}); {remedy}") from None
+    try:
+        return torch.from_numpy(np.load(kept, mmap_mode="c"))
+    except Exception:  # a damaged file can meet any of them
+        raise InputError(f"{kept}: is damaged; delete it, it is made again") from None
+
+
+# -------------------------------------------------------------------------------------------- resizing and normalising
+
+
+def resize(image, size, window=None):
+    """Bilinear with half-pixel centres and no antialiasing, as OpenCV's INTER_LINEAR, to within one grey level.
+
+    image uint8 (H, W, 3), on the CPU -> uint8 (*size, 3), or only its window (top, left, height, width), which is
+    computed without the rest and is the same as a crop of the whole. An image of this size already is returned itself.
+    """
+    if not window and size == image.shape[:2]:
+        return image
+    window = top, left, h, w = window or (0, 0, *size)
+    if (top + h) * (left + w) > 3 * h * w:
+        return sample(image, size, window)
+    # F.interpolate's kernel for uint8, with the scale of the whole image. It begins with the first pixel of the image.
+    rows, bottom = needed(top + h, image.shape[0], size[0])
+    columns, right = needed(left + w, image.shape[1], size[1])
+    source = image[:rows, :columns].permute(2, 0, 1)[None]
+    scales = size[0] / image.shape[0], size[1] / image.shape[1]
+    out = torch.ops.aten.upsample_bilinear2d(source, [bottom, right], False, *scales)
+    return out[0, :, top : top + h, left : left + w].permute(1, 2, 0)
+
+
+def needed(count, old, new):
+    """(given, asked): the pixels of `old` on which the first `count` of `new` depend, and how many to ask the kernel
+    for: asked for one, it errs on some processors; asked for as many as it is given, it copies them."""
+    given = min(count * old // new + 2, old)
+    asked = max(count, 2)
+    return given, asked + (asked == given)
+
+
+def sample(image, size, window):
+    """`resize` for a window far from the first pixel: slower for each pixel, but nothing else is computed."""
+    top, left, h, w = window
+    rows, y = positions(top, h, image.shape[0], size[0])
+    columns, x = positions(left, w, image.shape[1], size[1])
+    grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
+    source = image[rows, columns].permute(2, 0, 1)[None].float()
+    out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=True)
+    return torch.from_numpy(out[0].round_().numpy().astype(np.uint8)).permute(1, 2, 0)  # Tensor.byte() is slow
+
+
+def positions(first, count, old, new):
+    """Where `count` pixels, from `first` on, of a side of `new` lie on the side of `old` from which it is resized: the
+    slice of old pixels around them, and their places in it, -1 at its first pixel's centre to 1 at its last's."""
+    place = ((torch.arange(first, first + count, dtype=torch.float64) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
+    start, stop = int(place[0]), min(int(place[-1]) + 2, old)
+    return slice(start, stop), ((place - start) * (2 / max(stop - start - 1, 1)) - 1).float()
+
+
+def window_starts(side, window, stride):
+    """Where sliding windows begin along a side, in pixels: on the grid of the stride, the last one shifted back inside.
+    A side shorter than the window has one, at 0."""
+    steps = max(side - window + stride - 1, 0) // stride + 1
+    return [max(min(i * stride, side - window), 0) for i in range(steps)]
+
+
+def normalise(images):
+    """Images (N, 3, H, W) in 0..255 by the ImageNet means and deviations, as float32."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    return (images - mean) / std

@@ -18,9 +18,8 @@ import numpy as np
 
 from support import classes
 from support.command import InputError
+from support.files import is_inside, refuse_output_folder
 from support.images import INVALID, VOID, Files
-from support.pictures import is_own
-from support.processes import rank_and_world
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images without labels
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # label id of each of the 19 train ids
@@ -65,8 +64,8 @@ def files_by_name(folder, ends):
 
 
 def note_unused(files, why):
-    """Says which files are not used, once for all processes."""
-    if files and rank_and_world()[0] == 0:
+    """Says on stderr which files are not used."""
+    if files:
         others = f" and {len(files) - 1} others" if files[1:] else ""
         print(f"note: not used: {files[0]}{others}; {why}", file=sys.stderr)
 
@@ -170,33 +169,32 @@ def voc12aug(root, split):
 # ----------------------------------------------------------------------------------------- images without a data set
 
 
-def find_images(arguments):
+def find_images(arguments, out):
     """{name: path} of the images that files, folders and patterns name; below a folder the name has its subfolders.
 
-    What these commands wrote themselves is left out, with a note. Raises InputError where there are no images, and
-    where two would give their results one name.
+    out  the folder that the command writes to: what lies in it is left out, with a note
+
+    Raises InputError where there are no images, where all of them lie in `out`, and where the results of two would have
+    one name.
     """
-    found, own = {}, []
+    found, left_out = {}, []
     for argument in arguments:
         given = Path(argument)
         if given.is_dir():
             files = list(files_below(given, set()))
-            paths = [path for path in files if path.suffix.lower() in ENDINGS]
-            names = [path.relative_to(given).with_suffix("") for path in paths]
-            note_unused([path for path in files if path not in paths], f"images end in {', '.join(ENDINGS)}")
+            names = {path: path.relative_to(given).with_suffix("") for path in files if path.suffix.lower() in ENDINGS}
+            note_unused([path for path in files if path not in names], f"images end in {', '.join(ENDINGS)}")
         else:
-            paths = [given] if given.exists() else [Path(path) for path in sorted(glob.glob(argument, recursive=True))]
-            names = [path.with_suffix("").name for path in paths]
-        if not paths:
+            paths = [given] if given.exists() else map(Path, sorted(glob.glob(argument, recursive=True)))
+            names = {path: path.stem for path in paths if not path.is_dir()}
+        if not names:
             raise InputError(f"{argument}: there are no images there")
-        for name, path in zip(names, paths, strict=True):
-            if is_own(path):
-                own.append(path)
-            elif found.setdefault(str(name), path) != path:
-                raise InputError(
-                    f"{path}: its results would overwrite those of {found[str(name)]}; name one of them alone"
-                )
-    note_unused(own, "written by these commands")
+        for path, name in names.items():
+            if is_inside(path.parent, out):
+                left_out.append(path)
+            elif (other := found.setdefault(str(name), path)) != path:
+                raise InputError(f"{path}: its results would overwrite those of {other}; name one of them alone")
     if not found:
-        raise InputError(f"{own[0]}: was written by these commands, and there are no other images")
+        refuse_output_folder(out, left_out)
+    note_unused(left_out, f"in the output folder {out}")
     return found

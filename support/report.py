@@ -7,9 +7,8 @@ import math
 from pathlib import Path
 
 from support.command import InputError
-from support.files import replace
+from support.files import write_file
 from support.images import open_image
-from support.pictures import MARK
 
 CURVES = ("loss", "val_loss", "lr", "mIoU", "mAcc", "aAcc")
 POINTS = 2000  # of a curve, at most
@@ -34,8 +33,8 @@ def write_report(out, settings, lines, matrix):
         "pictures": pictures(out / "samples", [line["iteration"] for line in lines if "val_loss" in line]),
     }
     text = json.dumps(values).replace("<", "\\u003c")  # a class may be named </script>
-    page = Path(__file__).with_suffix(".html").read_text().replace("MARK_HERE", MARK).replace("DATA_HERE", text)
-    replace(out / "report.html", lambda file: file.write(page.encode()), sync=False)
+    page = Path(__file__).with_suffix(".html").read_text().replace("DATA_HERE", text)
+    write_file(out / "report.html", lambda file: file.write(page.encode()), sync=False)
 
 
 def curve(lines, name):

@@ -1,34 +1,116 @@
-"""The folder of a training run: what is in it, who writes it, and how it is found and read again."""
+"""The folder of a training run: how a run begins or continues in it, what is written to it, and how it is found again.
+
+Process 0 alone reads and writes it. last.pt is the truth about a run; config.json is written for people.
+"""
 
 import contextlib
+import errno
 import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from support.checkpoint import save
+try:
+    import fcntl
+except ImportError:  # Windows has other locks: nothing keeps two processes from one folder there
+    fcntl = None
+
+from support.checkpoint import load, save
 from support.command import InputError
-from support.files import lock_file, replace
-from support.images import VOID
-from support.pictures import compare, write_png
-from support.processes import gather, mark_begun, rank_and_world, sum_over_processes
+from support.files import write_file
+from support.pictures import compare, save_png, without_nan
+from support.processes import gather, rank_and_world
 from support.report import write_report
-from support.results import without_nan
 from support.scan import never_labelled
+from support.settings import PRESETS, Settings, defaults, refuse_changes, set_stride
 
 SAVE_SECONDS = 300  # between two savings of last.pt
-FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "samples", "report.html")
-LARGEST = 1e12  # of weights and of BatchNorm's statistics: beyond, the next step overflows
+
+
+# ------------------------------------------------------------------------------------------------------- how it begins
+
+
+def open_run(out, given, resume):
+    """(settings, saved) of the run in the folder `out`, which this process locks until it ends: of a new run, from the
+    settings `given` and the preset; or of the run to resume, from its last.pt, which is `saved`, else None. Raises
+    InputError if the run may not begin or continue like this."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    last = out / "last.pt"
+    held = next((path for path in (last, out / "best.pt") if path.exists()), None)
+    if held and not resume:
+        what = f"already holds a run ({held.name})"
+        raise InputError(f"{out}: {what}; continue it with --resume, delete it, or name another folder with --out")
+    if held and held != last:
+        raise InputError(f"{out}: holds no last.pt to continue from; --init {held} starts a new run")
+    saved = load(last) if held else None
+    if saved and "optimizer" not in saved:
+        raise InputError(f"{last}: is no state of a run; --init takes its weights alone")
+    settings = saved.pop("settings") if saved else Settings(**defaults(given))
+    if saved:
+        refuse_changes(given, settings, out)
+    settings = replace(settings, **given)
+    if settings.stride:
+        set_stride(settings, settings.stride)
+    # With another number of processes than before, another number of batches: the images per step stay.
+    at_once = settings.batch_size * rank_and_world()[1]
+    effective = settings.effective_batch or at_once * settings.accumulate
+    if effective % at_once:
+        what = f"{effective} images per step, no multiple of these {at_once}"
+        raise InputError(f"--batch-size: the run in {out} has {what}")
+    return replace(settings, effective_batch=effective, accumulate=effective // at_once), saved
+
+
+def lock(out):
+    """Keeps a run's folder for this process alone until that ends, by a lock on OUT/.lock. Raises InputError if another
+    process has it."""
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would give up the lock
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+            raise InputError(f"{out}: another process is training there; wait for it, or name another --out") from None
+
+
+def add_classes(settings, train_data, val_data, out):
+    """Puts the data set's classes and palette into the settings. Raises InputError if the data set has no labels, or if
+    its classes are not those of the resumed run."""
+    for data in (train_data, val_data):
+        if not data.labelled:
+            raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
+    classes = list(train_data.classes)
+    if settings.classes and settings.classes != classes:
+        raise InputError(f"{out}: the run was trained on other classes: {', '.join(settings.classes[:4])} ...")
+    settings.classes = classes
+    settings.palette = [list(colour) for colour in train_data.palette]
+
+
+def describe(settings, images, iteration, out, device):
+    """What a run does, as text; and how to have the published number of images per step, if it has another one."""
+    world, effective = rank_and_world()[1], settings.effective_batch
+    norm = "SyncBatchNorm" if world > 1 and device.type == "cuda" else "BatchNorm"
+    text = f"{settings.model} R-{settings.depth} on {settings.dataset}, {images} images, "
+    text += f"from iteration {iteration} to {settings.iters}, {out}/\n"
+    text += f"{world} x {settings.batch_size} x {settings.accumulate} = {effective} images per step; {norm}, {device}"
+    preset = PRESETS[settings.dataset]
+    if preset.images in (None, effective):
+        return text
+    batch = f"--batch-size {preset.images // world}, or " if preset.images % world == 0 else ""
+    ways = f"{batch}--lr {preset.lr * effective / preset.images:g}"
+    return f"{text}\nthe published recipe has {preset.images} images per step; to match it: {ways}"
+
+
+# -------------------------------------------------------------------------------------------------- what is written
 
 
 class Run:
-    """A run's folder while it trains, and the progress bar. One process writes.
+    """A run's folder while it trains, and the progress bar.
 
     config.json        the settings
     log.jsonl          a line for each validation, and for at least each thousandth of the steps
@@ -41,29 +123,27 @@ class Run:
     Its methods raise InputError or OSError if the folder cannot be written to.
     """
 
-    def __init__(self, out, settings, start, leader=0):
-        """Makes the folder, or prepares it to continue at the iteration `start`: later lines leave the log. The process
-        `leader` does, and writes to it."""
+    def __init__(self, out, settings, start):
+        """Prepares the folder to begin or continue at the iteration `start`: later lines leave the log."""
         self.out, self.settings = out, settings
-        self.writes = writes = rank_and_world()[0] == leader
+        self.writes = rank_and_world()[0] == 0
         self.last_save = time.monotonic()
+        self.lr = settings.lr
         self.skipped = 0
-        self.labelled = torch.zeros(256, dtype=torch.int64)  # pixels of each label value, until the first validation
         self.board = None
-        if writes:
-            (out / "samples").mkdir(parents=True, exist_ok=True)
-            for name in (*FILES, "samples/*.png"):
-                for partial in out.glob(f"{name}.*.partial"):  # of a process that was killed while it wrote
-                    partial.unlink()
-            replace(out / "config.json", lambda file: file.write(json.dumps(vars(settings), indent=1).encode() + b"\n"))
+        if self.writes:
+            (out / "samples").mkdir(exist_ok=True)
+            for partial in out.rglob("*.????????.partial"):  # of write_file, in a process that was killed
+                partial.unlink()
+            write_file(out / "config.json", lambda file: file.write(json.dumps(vars(settings), indent=1).encode()))
             kept = [json.dumps(line) + "\n" for line in read_log(out) if line["iteration"] < start]
-            replace(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
-            mark_begun()
+            write_file(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(out, purge_step=start)
-        self.bar = tqdm(None, settings.model, settings.iters, initial=start, disable=not writes, dynamic_ncols=True)
+        shown = {"initial": start, "disable": not self.writes, "dynamic_ncols": True}
+        self.bar = tqdm(None, settings.model, settings.iters, **shown)
 
     def __enter__(self):
         return self
@@ -78,12 +158,8 @@ class Run:
     def log(self, iteration, **values):
         if not self.writes:
             return
-        path = self.out / "log.jsonl"
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps({"iteration": iteration} | values) + "\n")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written to ({error.strerror})") from None
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"iteration": iteration} | values) + "\n")
         for name, value in values.items() if self.board else ():
             if not isinstance(value, list):
                 self.board.add_scalar(name, value, iteration)
@@ -91,15 +167,11 @@ class Run:
     def step(self, iteration, loss, aux_loss, lr, skipped, seconds, batches):
         """Shows a step, and logs it if its turn has come. Raises InputError, which names the files of the batches, if
         its loss is not finite."""
+        self.lr = lr
         if not math.isfinite(loss + aux_loss):
             names = ", ".join(sum(gather([file for batch in batches for file in batch["file"]]), []))
-            what = f"the loss is {loss + aux_loss}, learning rate {lr:.2g}; batch: {names}"
-            raise InputError(f"iteration {iteration}: {what}")
+            raise self.diverged(iteration, f"the loss is {loss + aux_loss}; batch: {names}")
         self.skipped += skipped
-        if self.labelled is not None:
-            for batch in batches:
-                self.labelled += torch.bincount(batch["label"].flatten(), minlength=256)
-                self.labelled[VOID] -= batch["label"].numel() - int(batch["valid"].prod(1).sum())  # the crops' padding
         speed = self.settings.effective_batch / seconds
         if iteration % max(self.settings.iters // 1000, 1) == 0:
             values = {"loss": loss, "aux_loss": aux_loss, "lr": lr}
@@ -109,63 +181,41 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
+    def diverged(self, iteration, what):
+        """The error that ends a training whose numbers have grown out of bounds."""
+        last = self.out / "last.pt"
+        kept = f"; {last} is from before" if last.exists() else ""
+        advice = "start again with a lower --lr"
+        return InputError(f"iteration {iteration}: diverged at learning rate {self.lr:.2g}: {what}; {advice}{kept}")
+
     def show(self, iteration, result, rows):
         """Logs evaluate.metrics() of a validation, and shows it: the mIoU on the terminal, a picture of some rows
         (image, label, prediction), and the page of the run so far."""
         means = {name: result[name] for name in ("mIoU", "mAcc", "aAcc")}
         self.log(iteration, val_loss=result["loss"], **means, IoU=without_nan(result["IoU"]))
-        self.say(f"iteration {iteration}: mIoU {result['mIoU']:.2%}, {self.picture_path(iteration)}")
+        path = self.out / "samples" / f"{iteration:06}.png"
+        self.say(f"iteration {iteration}: mIoU {result['mIoU']:.2%}, {path}")
         picture = compare(rows, self.settings.classes, self.settings.palette)
-        write_png(picture, self.picture_path(iteration))
-        write_report(self.out, vars(self.settings), read_log(self.out), result["matrix"])
+        save_png(picture, path)
+        lines = read_log(self.out)
+        write_report(self.out, vars(self.settings), lines, result["matrix"])
+        missing = never_labelled(result["matrix"].sum(1), self.settings.classes)
+        if missing and sum("mIoU" in line for line in lines) == 1:  # the first validation
+            self.say(f"warning: of the labels to validate on {missing}; python -m tools.check_data reads all labels")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), iteration, dataformats="HWC")
-
-    def note_missing_classes(self):
-        """Says at the first validation which classes no label has shown so far; all processes call this."""
-        if self.labelled is not None:
-            missing = never_labelled(sum_over_processes(self.labelled), self.settings.classes)
-            self.labelled = None
-            if missing:
-                self.say(f"warning: of the training labels so far {missing}")
-
-    def picture_path(self, iteration):
-        return self.out / "samples" / f"{iteration:06}.png"
 
     def save_is_due(self):
         return time.monotonic() - self.last_save > SAVE_SECONDS
 
-    def save(self, name, state):
-        """Writes last.pt, for which all processes call this, or best.pt, for which the writer does. Raises InputError,
-        and leaves the file as it is, if the training has diverged."""
-        if name == "last.pt" and dist.is_initialized():
-            for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP goes on with those of rank 0
-                dist.broadcast(buffer, 0)
-        weights = state.model.state_dict().values()
-        largest = torch.stack([value.abs().max().float() for value in weights]).max().item()
-        if not largest < LARGEST:
-            kept = f"; {self.out / 'last.pt'} is as before" if (self.out / "last.pt").exists() else ""
-            what = f"the training has diverged, to weights of {largest:.2g}, which are not saved{kept}"
-            raise InputError(f"iteration {state.iteration}: {what}; start anew with a lower --lr")
+    def save(self, state, name="last.pt"):
+        """Writes last.pt or best.pt. Raises InputError if it cannot; the one before it stays."""
         if self.writes:
-            save(state, vars(self.settings), self.out / name)
-        if name == "last.pt":
-            self.last_save = time.monotonic()
+            save(state, self.settings, self.out / name)
+        self.last_save = time.monotonic()
 
 
-def lock(out):
-    """Keeps a run's folder for this process alone until that ends, by a lock on OUT/.lock. Raises InputError if another
-    process has it."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would give up the lock
-    if not lock_file(file, wait=False):
-        raise InputError(f"{out}: another process is training there; wait for it, or name another --out")
-
-
-def held(out):
-    """The first of a run's files that a folder holds, None if there is none."""
-    paths = (out / name for name in FILES)
-    return next((path for path in paths if (any(path.iterdir()) if path.is_dir() else path.exists())), None)
+# -------------------------------------------------------------------------------------------------- what is read again
 
 
 def read_log(folder):
@@ -173,30 +223,17 @@ def read_log(folder):
     path = folder / "log.jsonl"
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # a machine that went down may leave anything
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("iteration"), int):
-                lines.append(line)
+        with contextlib.suppress(ValueError):  # a line that was cut off when the machine went down
+            lines.append(json.loads(text))
     return lines
 
 
-def read_config(folder):
-    """The settings of the run in a folder, as a dict. Raises InputError."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder}: holds no config.json to go on with; --out names the folder of a run") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'}: is damaged ({error})") from None
-
-
 def newest_checkpoint():
-    """The best.pt in a folder of runs/, or in a folder of that, that was written last on any of the machines; says
-    which. Raises InputError if there is none."""
+    """The best.pt in a folder of runs/, or in a folder of that, that was written last; says which. Raises InputError if
+    there is none."""
     found = [path for pattern in ("*/best.pt", "*/*/best.pt") for path in Path("runs").glob(pattern)]
-    _, newest = max(gather(max([(path.stat().st_mtime, str(path)) for path in found], default=(0, None))))
-    if newest is None:
+    if not found:
         raise InputError("runs/: holds no run yet; name a checkpoint, or train one with: python train.py")
-    if rank_and_world()[0] == 0:
-        print(f"checkpoint: {newest}")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    print(f"checkpoint: {newest}")
     return newest

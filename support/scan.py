@@ -1,16 +1,17 @@
 """Reads all labels of a data set once: for tools/check_data.py, and for the class weights of the loss."""
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.command import InputError
 from support.images import VOID
-from support.processes import loading, patient, rank_and_world
+from support.processes import loading, rank_and_world, sum_over_processes
 
 
 class Scan(Dataset):
-    """Item i is (pixels of each label value (256,), (height, width), None), or (None, None, what is wrong)."""
+    """Item i is (pixels of each label value, int64 (256,), (height, width), None), or (None, None, what is wrong)."""
 
     def __init__(self, data):
         self.data = data
@@ -28,26 +29,58 @@ class Scan(Dataset):
         return np.bincount(label.flatten(), minlength=256), tuple(image.shape[:2]), None
 
 
+def scan(data, workers):
+    """Scan's items over this process's share of a data set, with a progress bar."""
+    rank, world = rank_and_world()
+    own = range(rank, len(data), world)
+    # `tuple` leaves an item as it is: as tensors, each from a worker would be an open file.
+    loader = DataLoader(Scan(data), sampler=own, batch_size=None, collate_fn=tuple, **loading(workers))
+    return list(tqdm(loader, f"reading {data.split}", disable=rank > 0, leave=False, dynamic_ncols=True))
+
+
 def never_labelled(pixels, names):
-    """Which classes have no pixels, of those of each label value (256,), as a sentence's end; "" if all have some."""
-    missing = [name for index, name in enumerate(names) if not pixels[index]]
+    """Which classes have no pixels, as the end of a sentence; "" if all have some.
+
+    pixels  (K,) of each class, or (256,) of each label value
+    names   of the K classes
+    """
+    missing = [name for name, count in zip(names, pixels, strict=False) if not count]
     if not missing:
         return ""
     text = f"none shows {', '.join(missing[:5])}" + (f" and {len(missing) - 5} others" if missing[5:] else "")
-    if len(missing) == len(names) - 1 and pixels[VOID]:
+    if len(missing) == len(names) - 1 and any(pixels[VOID:]):
         text += "; all other pixels are 255, which means void: python -m tools.convert_masks makes them a class"
     return text
 
 
-def unchanged(item):
-    return item
+def class_weights(given, data, device, workers):
+    """The loss's weights, float32 (K,), or None: from K numbers as text, or from ["balanced"] by a scan of the data.
+
+    Balanced is median frequency balancing (Eigen and Fergus, ICCV 2015): the median of the classes' frequencies over
+    each one's, a frequency being the share of a class in the images that show it; 1 for a class that none shows.
+    Raises InputError if the numbers cannot be weights, or a label cannot be read.
+    """
+    if given is None:
+        return None
+    if given == ["balanced"]:
+        return balanced(data, workers).to(device)
+    try:
+        weights = torch.tensor([float(weight) for weight in given])
+    except ValueError:
+        weights = torch.empty(0)
+    usable = weights.isfinite().all() and (weights >= 0).all() and weights.any()
+    if len(weights) != len(data.classes) or not usable:
+        raise InputError(f"--class-weights: takes 'balanced' or {len(data.classes)} numbers from 0, one per class")
+    return weights.to(device)
 
 
-def scan(data, workers):
-    """Scan's items over a data set, or over this process's share of it, with a progress bar."""
-    rank, world = rank_and_world()
-    share = range(rank, len(data), world)
-    loader = DataLoader(Scan(data), sampler=share, batch_size=None, collate_fn=unchanged, **loading(workers))
-    return list(
-        tqdm(patient(loader), f"reading {data.split}", len(loader), disable=rank > 0, leave=False, dynamic_ncols=True)
-    )
+def balanced(data, workers):
+    seen = torch.zeros(2, len(data.classes), dtype=torch.float64)  # pixels of a class; of the images that show it
+    for counts, _, problem in scan(data, workers):
+        if problem:
+            raise InputError(problem)
+        pixels = torch.tensor(counts[: len(data.classes)], dtype=torch.float64)
+        seen += torch.stack([pixels, (pixels > 0) * pixels.sum()])
+    of_class, of_images = sum_over_processes(seen)
+    frequency = of_class / of_images
+    return (frequency.nanquantile(0.5) / frequency).nan_to_num(1.0).float()

@@ -3,15 +3,12 @@
     shapes   objects in five forms; the form decides the class, the colour is only a hint
     context  a disc is one class by day and another at dusk, and so is a cross. Only the sky, at the far end behind
              empty ground, says which: a model that sees an object and its surroundings can do no better than guess.
-    legend   at one end every form stands once, in a colour drawn at random; three grey objects at the other end have
-             the class of the coloured one of their form. So where an object must look depends on the object.
+    legend   at one end every form stands once, red or cyan at random; three grey objects at the other end have the
+             class of the coloured one of their form. So where an object must look depends on the object.
 
 The functions of these names take a root, which they do not need, and a split, as those of layouts.py do.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +19,28 @@ from torch.utils.data import Dataset
 from support.images import VOID
 
 COUNTS = {"train": 4000, "val": 50, "test": 50}  # scenes of each split
+GREY = (70, 70, 70)  # the ground in all palettes
 
 SHAPES = ("ground", "disc", "square", "triangle", "cross", "ring")
-SHAPES_PALETTE = ((70, 70, 70), (230, 80, 60), (240, 200, 60), (90, 190, 90), (80, 140, 230), (190, 100, 220))
+SHAPES_PALETTE = (GREY, (230, 80, 60), (240, 200, 60), (90, 190, 90), (80, 140, 230), (190, 100, 220))
 SIZE = 64
 
 CONTEXT = ("ground", "dusk", "day", "disc at dusk", "disc by day", "cross at dusk", "cross by day")
-CONTEXT_PALETTE = (
-    *((70, 70, 70), (240, 150, 60), (110, 190, 250)),
-    *((150, 40, 30), (250, 110, 90), (30, 110, 50), (130, 220, 110)),
-)
+CONTEXT_PALETTE = (GREY, (240, 150, 60), (110, 190, 250), (150, 40, 30), (250, 110, 90), (30, 110, 50), (130, 220, 110))
 HEIGHT, WIDTH, SKY = 32, 160, 32
 SKY_HUES = (20, 150)  # dusk and day, out of 256: opposite, so that no photometric distortion takes one to the other
 FORMS = {"disc": 85, "cross": 212}  # and their hues
 
 LEGEND_FORMS = ("disc", "cross", "triangle", "ring")
-LEGEND_COLOURS = {"red": 0, "cyan": 128, "green": 64, "violet": 192}  # and their hues
+LEGEND = ("ground", *(f"{colour} {form}" for form in LEGEND_FORMS for colour in ("red", "cyan")))
+LEGEND_PALETTE = (
+    *(GREY, (100, 6, 6), (6, 99, 100), (150, 32, 32), (32, 149, 150)),
+    *((200, 75, 75), (75, 199, 200), (250, 132, 132), (132, 249, 250)),
+)
+LEGEND_HUES = (0, 128)  # red and cyan
 STEP = 27  # pixels from one object to the next
-GAP = 32  # more of them between the legend and the objects
+GAP = 32  # more of them between the legend's four objects and the three others
+LEGEND_WIDTH = 7 * STEP + GAP
 
 CIRCLE = [(np.cos(t), np.sin(t)) for t in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
 CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
@@ -52,21 +53,15 @@ OUTLINES = {
 }
 
 
-@dataclass
 class Scenes(Dataset):
     """One split of a drawn data set, to be used as images.Files is. Item i is draw(split, i) as tensors."""
 
-    draw: Callable
-    split: str
-    classes: Sequence
-    palette: Sequence
-    name: str = ""
     labelled = True
-    tree = None
-    submission = None
+    tree = submission = None  # of Files, where these say how label maps are saved
 
-    def __post_init__(self):
-        self.files = [(Path(f"{self.split}{i:05}"), None) for i in range(COUNTS.get(self.split, 0))]  # but names only
+    def __init__(self, draw, split, classes, palette):
+        self.draw, self.split, self.classes, self.palette = draw, split, classes, palette
+        self.files = [(Path(f"{split}{i:05}"), None) for i in range(COUNTS.get(split, 0))]  # names only, no files
 
     def __len__(self):
         return len(self.files)
@@ -84,19 +79,12 @@ def context(root, split):
     return Scenes(draw_context, split, CONTEXT, CONTEXT_PALETTE)
 
 
-def legend(forms, colours, root, split):
-    """With 2 to 4 forms and as many colours."""
-    classes, palette = ["ground"], [(70, 70, 70)]
-    for kind, form in enumerate(LEGEND_FORMS[:forms]):
-        for colour, hue in list(LEGEND_COLOURS.items())[:colours]:
-            swatch = Image.new("HSV", (1, 1), (hue, 240 - 40 * kind, 100 + 50 * kind)).convert("RGB")
-            classes.append(f"{colour} {form}")
-            palette.append(swatch.getpixel((0, 0)))
-    return Scenes(partial(draw_legend, forms, colours), split, classes, palette)
+def legend(root, split):
+    return Scenes(draw_legend, split, LEGEND, LEGEND_PALETTE)
 
 
 def decided_afar(dataset, image, label):
-    """Where the other end of a scene of context or a legend decides the class, and nothing nearer: bool (H, W). image
+    """Where the other end of a scene of "context" or "legend" decides the class, and nothing nearer: bool (H, W). image
     is uint8 (H, W, 3), label uint8 (H, W)."""
     if dataset == "context":
         return (label > 2) & (label != VOID)
@@ -142,33 +130,30 @@ def draw_context(split, index, time=None):
         hsv = (int(rng.normal(hue, 8)) % 256, *rng.integers(150, 256, 2).tolist())
         centre = (x, rng.uniform(radius, HEIGHT - radius))
         place(image, label, form, 3 + 2 * kind + time, centre, radius, turn, hsv)
-    return mirrored(*finish(image, label, rng), rng)
+    return finish(image, label, rng, mirror=True)
 
 
-def draw_legend(forms, colours, split, index, chosen=None):
-    """Scene `index` of a split: image uint8 (32, W, 3) and label uint8 (32, W), W = 27 (forms + 3) + 32, void along the
-    borders.
+def draw_legend(split, index, chosen=None):
+    """Scene `index` of a split: image uint8 (32, 221, 3) and label uint8 (32, 221), void along the borders.
 
-    chosen  the colour of each form, from 0 to colours - 1, instead of those drawn: changes the legend's pixels, the
+    chosen  the colour of each form, 0 (red) or 1 (cyan), instead of those drawn: changes the legend's pixels, the
             labels, and no more
     """
     rng = np.random.default_rng((list(COUNTS).index(split), index))
-    width = (forms + 3) * STEP + GAP
-    patches = rng.integers(70, 150, (4, width // 8)).astype(np.uint8)  # of the ground
-    image = Image.fromarray(patches).resize((width, HEIGHT), Image.Resampling.BICUBIC).convert("RGB")
-    label = Image.new("L", (width, HEIGHT))
-    drawn = rng.integers(colours, size=forms)
+    patches = rng.integers(70, 150, (4, LEGEND_WIDTH // 8)).astype(np.uint8)
+    image = Image.fromarray(patches).resize((LEGEND_WIDTH, HEIGHT), Image.Resampling.BICUBIC).convert("RGB")
+    label = Image.new("L", (LEGEND_WIDTH, HEIGHT))
+    drawn = rng.integers(2, size=4)
     chosen = drawn if chosen is None else chosen
-    kinds = [*rng.permutation(forms), *rng.integers(forms, size=3)]  # the legend, then three objects
-    for i, kind in enumerate(kinds):
+    for i, kind in enumerate([*rng.permutation(4), *rng.integers(4, size=3)]):  # the legend, then three objects
         radius = rng.uniform(11.5, 12.5)
         turn = rng.uniform(0, 2 * np.pi)
-        centre = (STEP * (i + 0.5) + GAP * (i >= forms), rng.uniform(radius, HEIGHT - radius))
-        hue = int(rng.normal(list(LEGEND_COLOURS.values())[chosen[kind]], 4)) % 256
+        centre = (STEP * (i + 0.5) + GAP * (i >= 4), rng.uniform(radius, HEIGHT - radius))
+        hue = int(rng.normal(LEGEND_HUES[chosen[kind]], 4)) % 256
         saturation, brightness = rng.integers(180, 256, 2).tolist()
-        hsv = (hue, saturation if i < forms else 0, brightness)
-        place(image, label, LEGEND_FORMS[kind], int(1 + colours * kind + chosen[kind]), centre, radius, turn, hsv)
-    return mirrored(*finish(image, label, rng), rng)
+        hsv = (hue, saturation if i < 4 else 0, brightness)
+        place(image, label, LEGEND_FORMS[kind], int(1 + 2 * kind + chosen[kind]), centre, radius, turn, hsv)
+    return finish(image, label, rng, mirror=True)
 
 
 def place(image, label, form, kind, centre, radius, turn, hsv):
@@ -183,13 +168,13 @@ def place(image, label, form, kind, centre, radius, turn, hsv):
     label.paste(kind, mask=mask)
 
 
-def finish(image, label, rng):
-    """Pillow's image and label to arrays, with noise on the one and void along the borders in the other."""
+def finish(image, label, rng, mirror=False):
+    """Pillow's image and label to arrays, with noise on the one and void along the borders in the other. If `mirror`,
+    half of the scenes are mirrored."""
     border = np.asarray(label.filter(ImageFilter.MaxFilter(3))) != np.asarray(label.filter(ImageFilter.MinFilter(3)))
     noise = rng.normal(0, 8, (*border.shape, 3))
-    return np.clip(image + noise, 0, 255).astype(np.uint8), np.where(border, VOID, label).astype(np.uint8)
-
-
-def mirrored(image, label, rng):
-    """Both as they are, or mirrored, at random."""
-    return (image[:, ::-1].copy(), label[:, ::-1].copy()) if rng.random() < 0.5 else (image, label)
+    image = np.clip(image + noise, 0, 255).astype(np.uint8)
+    label = np.where(border, VOID, label).astype(np.uint8)
+    if mirror and rng.random() < 0.5:
+        image, label = image[:, ::-1].copy(), label[:, ::-1].copy()
+    return image, label

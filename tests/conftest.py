@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts stand beside the folder of tests
 
 from support import checkpoint, command  # noqa: E402
+from support.settings import MODELS, Settings  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------- data sets
 
@@ -51,18 +52,17 @@ def folder(tmp_path):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_model(path, model, classes=("road", "house", "tree"), **settings):
+def save_model(path, model, classes=("road", "house", "tree"), **others):
     """A checkpoint with random weights, of which attention's are so large that it depends on the query."""
     torch.manual_seed(0)
-    config = {"model": model, "depth": 18, "align_corners": False, "dataset": "folder", "data_root": None}
-    config |= {"scale": None, "crop_size": [32, 32], "stride": None, "classes": list(classes)}
-    config["palette"] = [[i, 2 * i, 99] for i in range(len(classes))]
-    config |= settings
-    weights = checkpoint.build_model(config).state_dict()
+    palette = [[i, 2 * i, 99] for i in range(len(classes))]
+    given = {"dataset": "folder", "depth": 18, "crop_size": [32, 32], "classes": list(classes), "palette": palette}
+    settings = Settings(model=model, **given | others)
+    weights = checkpoint.build_model(settings).state_dict()
     for name, weight in weights.items():
         if re.search("theta.*weight|phi.*weight|conv_mask.weight|conv_out.bn.weight", name):
             weight.normal_(std=0.5)
-    torch.save({"model": weights, "config": config}, path)
+    torch.save({"model": weights, "config": vars(settings)}, path)
     return path
 
 
@@ -86,7 +86,7 @@ test_pipeline = [
 
 def published(name="gcnet", depth=18, classes=19, dataset="Cityscapes", scale=(2048, 1024), align=False, test=WHOLE):
     """What a file of the published form holds."""
-    weights = checkpoint.MODELS[name](classes, depth).state_dict()
+    weights = MODELS[name](classes, depth).state_dict()
     text = PUBLISHED_CONFIG.format(align=align, test=test, dataset=dataset, scale=scale)
     names = [f"class {i}" for i in range(classes)]
     meta = {"CLASSES": tuple(names), "PALETTE": [[i, 0, 0] for i in range(classes)], "config": text, "time": "now"}

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from PIL import Image
 from ann import AsymmetricNonLocalBlock
 from gcnet import GCBlock, SimplifiedNonLocalBlock
 from nonlocal_net import NonLocalBlock
-from support import checkpoint
 from tools import attention
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -57,7 +57,7 @@ def test_the_maps_reproduce_the_output(block):
     x, y = torch.randn(1, 16, 11, 10), torch.randn(1, 12, 11, 10)  # 110 positions, but not ANN's samples
     pooled = isinstance(block, AsymmetricNonLocalBlock)
     inputs = (x, y) if pooled else (x,)
-    (query,), (key,) = attention.query_and_key(block.eval(), *inputs)
+    query, key = attention.query_and_key(block.eval(), *inputs)
     seen = attention.Seen("", pooled, query, key, x[0], None)
     points = [((i + 0.5) / 10, (j + 0.5) / 11) for j in range(11) for i in range(10)]
     weights, maps = attention.attention(seen, points)
@@ -104,21 +104,20 @@ def test_statistics(models, folder, run_inside):
     )  # its last weights start at zero, and so do its outputs
 
     # The same, but of the N x N pairs of one image.
-    model, config = checkpoint.load_model(models["nonlocal_net"])
-    model.eval()
+    model, titles, settings = attention.load_with_blocks(models["nonlocal_net"], "cpu")
     image = torch.randint(256, (40, 48, 3), generator=torch.manual_seed(0)).byte()
-    (seen,) = attention.observe(model, image, config)
+    (seen,) = attention.observe(model, titles, image, settings)
     block = model.decode_head.nl_block
     torch.testing.assert_close(seen.output, (block(seen.input[None]) - seen.input)[0])
     kinds = (seen.input.flatten(1).T, (seen.query @ seen.key.T).softmax(1), seen.output.flatten(1).T)
     unit = [kind.double() / kind.double().norm(dim=1, keepdim=True) for kind in kinds]
     expected = [((1 - u @ u.T) / 2).mean().item() for u in unit]
     data = [(image, None)]
-    assert attention.statistics(model, data, config)["non-local block"] == pytest.approx(expected, abs=1e-6)
-    # In windows: those go through the network together, and each is an image of its own.
-    windows = attention.observe(model, image, config | {"crop_size": [32, 32], "stride": [8, 16]})
+    assert attention.statistics(model, titles, data, settings)[seen.title] == pytest.approx(expected, abs=1e-6)
+    # In windows, each of which is an image of its own.
+    windows = attention.observe(model, titles, image, replace(settings, stride=[8, 16]))
     assert [len(seen.query) for seen in windows] == [16] * 4
-    (alone,) = attention.observe(model, image[8:40, 16:48], config)
+    (alone,) = attention.observe(model, titles, image[8:40, 16:48], settings)
     torch.testing.assert_close(windows[3].output, alone.output)
 
 
@@ -182,6 +181,12 @@ def test_images_of_the_data_set(models, folder, tmp_path, run_script):
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["val0.png", "val1.png", "val2.png"]
 
 
+def test_no_pictures_among_the_data(models, folder, run_inside):
+    arguments = (models["gcnet"], "--data-root", folder, "--out", folder / "images")
+    assert "where images or labels are; name another folder" in run_inside(attention, *arguments, fails=True)
+    assert not list(folder.rglob("val0.png"))
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium (Debian: apt-get install chromium)")
 def test_the_page_in_a_browser(page, tmp_path):
     def outputs(file, address=""):
@@ -216,14 +221,16 @@ def test_the_page_in_a_browser(page, tmp_path):
         (["gcnet.pt", "none.png"], ["none.png"]),
         (["none.pt", "image.png"], ["none.pt"]),
         (["gcnet.pt", "--statistics", "image.png"], ["image.png", "--statistics"]),
-        (["gcnet.pt", "image.png", "--out", "."], ["image.png: is there already, and was not written by this command"]),
-        (["run"], ["run/best.pt: is no checkpoint"]),
+        (["gcnet.pt", "image.png", "--out", "."], [".: is, or holds, ., where images or labels are"]),
+        (["gcnet.pt", "image.png", "--out", "page", "--html"], ["page/attention.html: is there already"]),
+        (["run"], ["run/best.pt: cannot be read as a checkpoint"]),
     ],
     ids=lambda value: " ".join(value),
 )
 def test_a_mistake_is_one_line(arguments, words, models, tmp_path, run_inside):
     Image.new("RGB", (20, 10)).save(tmp_path / "image.png")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/best.pt").touch()
+    for name in ("run/best.pt", "page/attention.html"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
     message = run_inside(attention, *(models.get(name.removesuffix(".pt"), name) for name in arguments), fails=True)
     assert all(word in message for word in words)

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from support import papers
-from support.checkpoint import MODELS
+from support.settings import MODELS
 from tools import benchmark
 
 SMALL = ["--depth", "18", "--size", "40", "56", "--classes", "5", "--warmup", "0", "--repeat", "1", "--json"]
@@ -35,19 +34,19 @@ def test_a_task_reports_its_rate(arguments, bench, monkeypatch):
     assert (result["task"], result["model"]) == (arguments[0], arguments[2]) and result["peak_memory_gb"] > 0.1
 
 
+def test_images_are_inferred_one_after_another(bench, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(benchmark, "predict", lambda model, image, *others: shapes.append(tuple(image.shape)))
+    bench("infer", "--batch", "3", *SMALL)
+    assert shapes == [(40, 56, 3)] * 3
+
+
 @pytest.mark.parametrize("cache", [[], ["--cache"]], ids=["files", "cache"])
 def test_data_makes_samples(cache, bench):
     threads = torch.get_num_threads()
     result = json.loads(bench("data", *cache, *SMALL))
     torch.set_num_threads(threads)
     assert result["images_per_second"] == pytest.approx(4 / result["seconds"])
-
-
-def test_sizes_of_the_papers(bench, monkeypatch):
-    monkeypatch.setattr(papers, "ROWS", papers.ROWS[7:8] + papers.ROWS[18:19])
-    one, two = bench("papers").splitlines()[-2:]
-    assert one == "| COCO, Mask R-CNN R-50 | snl | res4 | 45.5 | 45.4 |  |  | 44.401 + 1.051 = 45.451 here |"
-    assert two == "| Cityscapes, R-101 | fcn |  | 70.96 | 70.96 | 646.88 | 646.88 |  |"
 
 
 @pytest.mark.slow
@@ -75,10 +74,12 @@ def test_multiply_adds_are_those_of_every_window():
     assert windows == pytest.approx(whole * 4 / 3) and conv == 3 * 8 * 9 * 10 * 10
 
 
-def test_grow(bench, monkeypatch, tmp_path):
+def test_grow(run_inside, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(benchmark, "SIDES", (8, 64))
-    lines = bench("grow", "--out", str(tmp_path / "growth.svg"), "--repeat", "1").splitlines()
+    lines = run_inside(benchmark, "grow", "--repeat", 1).splitlines()
     assert (tmp_path / "growth.svg").read_text().count("ANN") and len(lines) == 8
     (megabytes,) = (float(line.split()[-1]) for line in lines if line.split()[:2] == ["NL", "4096"])
     assert 4 < megabytes < 60  # the map of all pairs would take 64
+    message = run_inside(benchmark, "grow", fails=True)
+    assert message == "growth.svg: is there already; --overwrite replaces it"

@@ -34,11 +34,10 @@ def test_a_run_and_its_evaluation(folder, run_script, run_inside, tmp_path):
     whole = run_script("evaluate.py")  # the newest run, best.pt
     assert result in whole.stdout and "tree" in whole.stdout
     assert result in run_inside(evaluate, run / "best.pt", "--workers", 0)
-    assert result in run_inside(evaluate, "--checkpoint", run / "best.pt", "--workers", 0)
     assert "mIoU" in run_inside(evaluate, "--aug", "--split", "train", "--workers", 0)
 
     again = run_inside(train, *train_arguments(folder, "runs/one", 2)[1:], fails=True)
-    assert again.startswith("runs/one: already holds a run (config.json); continue it with --resume, delete it, or")
+    assert again.startswith("runs/one: already holds a run (last.pt); continue it with --resume, delete it, or")
     other = run_inside(train, "--resume", "--out", "runs/one", "--lr", "0.5", fails=True)
     assert "--lr 0.5" in other and "0.01" in other
 
@@ -162,12 +161,12 @@ def test_a_checkpoint_that_is_none_is_one_line(run_script, run_inside, tmp_path)
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
-    model = {"model": {}, "config": {"model": "gcnet", "depth": 18, "classes": []}}
+    model = {"model": {}, "config": {"model": "gcnet", "depth": 18, "classes": ["a"]}}
     for name, content in {"text": b"no checkpoint", "empty": b""}.items():
         (tmp_path / name).write_bytes(content)
     for name, content in {"list": [1], "classes": model, "code": {"model": Malicious()}}.items():
         torch.save(content, tmp_path / name)
-    words = {"text": "no checkpoint", "empty": "no checkpoint", "list": "no config", "classes": "its config lacks"}
+    words = {"text": "cannot be read", "empty": "cannot be read", "list": "no config", "classes": "does not fit"}
     for name, word in {**words, "code": "could run code", "missing": "no such"}.items():
         message = run_inside(evaluate, name, fails=True)
         assert name in message and word in message and "\n" not in message

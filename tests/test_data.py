@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import MEAN, STD, TrainData, batch_keys, distort, keep_ratio, nearest, open_data, to_device, training_loader
+from data import TrainData, batch_keys, distort, distort_and_normalise, keep_ratio, nearest, open_data, training_loader
 from support.command import InputError
-from support.images import VOID, Files
+from support.images import MEAN, STD, VOID, Files
 
 OPENCV = reference.arrays("opencv")
 IMAGE = torch.tensor(reference.arrays("inputs")["image"])
@@ -52,7 +52,7 @@ def test_label_and_image_stay_together(data):
     train, padded = TrainData(data, (36, 44), None, seed=0, ratios=(0.5, 2)), 0
     for position in range(30):
         sample = neutral(train[position, position % len(data)])
-        images, labels = to_device(torch.utils.data.default_collate([sample]), "cpu")
+        images, labels = distort_and_normalise(torch.utils.data.default_collate([sample]), "cpu")
         assert images.shape == (1, 3, 36, 44) and images.dtype == torch.float32
         red = images[0, 0] * STD[0] + MEAN[0]
         label, (h, w) = labels[0], sample["valid"]

@@ -8,10 +8,12 @@ import reference
 import torch
 from conftest import write_scene
 
-from data import open_data
-from evaluate import confusion_matrix, equal_sizes, evaluate, evaluation_loader, metrics, window_starts
+from data import normalise, open_data
+from evaluate import confusion_matrix, evaluate, evaluation_loader, metrics
 from resnet_d8 import FCN
 from support.fast import for_inference
+from support.images import window_starts
+from support.settings import Settings
 from train import poly_lr, segmentation_loss, validation_is_due
 
 
@@ -60,27 +62,22 @@ def test_windows_lie_on_the_grid_and_end_inside():
     assert window_starts(769, 769, 513) == window_starts(100, 769, 513) == [0]
 
 
-def test_images_of_one_size_go_together():
-    sizes = [(4, 5), (4, 5), (4, 5), (5, 4), (4, 5)]
-    samples = [(i, (torch.zeros(*size, 3), None)) for i, size in enumerate(sizes)]
-    assert [[i for i, _, _ in group] for group in equal_sizes(samples, 40)] == [[0, 1], [2], [3], [4]]
-    assert [[i for i, _, _ in group] for group in equal_sizes(samples, 0)] == [[0], [1], [2], [3], [4]]
-    assert list(equal_sizes([], 40)) == []
-
-
-def test_together_or_alone_the_result_is_the_same(folder, monkeypatch):
+def test_images_of_any_sizes_are_summed_up(folder):
+    """Over a data set whose images differ in size: each image's confusion matrix and loss, added up."""
     write_scene(folder / "images/val", folder / "annotations/val", "scene9", 1, size=(32, 48))
-    data, saved = open_data("folder", folder, "val"), {}
+    data, maps = open_data("folder", folder, "val"), {}
     torch.manual_seed(0)
     model = for_inference(FCN(3, depth=18), torch.device("cpu"))
-    config = {"scale": None, "crop_size": [32, 32], "stride": None}
-    results = []
-    for pixels in (0, 10**6):
-        monkeypatch.setattr("evaluate.BATCH_PIXELS", pixels)
-        maps = {}
-        loader = evaluation_loader(data, 0)
-        results.append(evaluate(model, data, loader, config, save=maps.__setitem__, with_loss=True))
-        saved[pixels] = maps
-    assert results[0]["mIoU"] == results[1]["mIoU"] and results[0]["loss"] == pytest.approx(results[1]["loss"])
-    assert [tuple(saved[0][i].shape) for i in range(4)] == [(40, 48), (40, 48), (32, 48), (40, 48)]
-    assert all(saved[0][i].equal(saved[10**6][i]) for i in range(4))
+    loader = evaluation_loader(data, 0)
+    result = evaluate(model, data, loader, Settings(), save=maps.__setitem__, with_loss=True)
+    assert [tuple(maps[i].shape) for i in range(4)] == [(40, 48), (40, 48), (32, 48), (40, 48)]
+    labels = [data[i][1] for i in range(4)]
+    matrix = sum(confusion_matrix(maps[i], labels[i], 3) for i in range(4))
+    assert result["matrix"].equal(matrix) and result["mIoU"] == metrics(matrix)["mIoU"]
+    with torch.no_grad():
+        losses = [
+            segmentation_loss(model(normalise(data[i][0].permute(2, 0, 1)[None])), labels[i][None].long())
+            for i in range(4)
+        ]
+    weights = [label.numel() for label in labels]
+    assert result["loss"] == pytest.approx(np.average([loss.item() for loss in losses], weights=weights))

@@ -1,4 +1,4 @@
-"""What is faster is the same: each form of support/fast.py and support/resize.py beside the plain one."""
+"""What is faster is the same: each form of support/fast.py, and the resizing of images, beside the plain one."""
 
 import copy
 
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ann import ANN
-from evaluate import inference, multi_scale_flip, predict, slide_inference, whole_inference
-from support.checkpoint import MODELS
-from support.fast import SampledFirst, fold_batchnorm, for_inference, resized_rows
-from support.resize import resize, sample
+from evaluate import multi_scale_flip, predict, slide_inference, whole_inference
+from support.fast import SampledFirst, fold_batchnorm, for_inference, slide_labels
+from support.images import normalise, resize, sample
+from support.settings import MODELS, Settings
 
 IMAGES = torch.tensor(reference.arrays("inputs")["wide"])  # (1, 3, 97, 161)
 IMAGE = torch.tensor(reference.arrays("inputs")["image"])  # (75, 110, 3)
@@ -31,41 +31,13 @@ def close(ours, plain, tolerance=1e-5):
     assert (ours - plain).abs().max() <= tolerance * plain.abs().max()
 
 
-def whole(rows, height):
-    """The parts that resized_rows yields, in one tensor; each row must come once."""
-    rows = list(rows)
-    assert [y for used, _ in rows for y in range(height)[used]] == list(range(height))
-    return torch.cat([part for _, part in rows], dim=2)
-
-
-@pytest.mark.parametrize("align", [False, True], ids=["plain", "align_corners"])
-def test_resizes_by_rows_are_interpolations(align):
-    torch.manual_seed(0)
-    for small, middle, large in (
-        ((13, 21), (97, 161), (71, 120)),
-        ((13, 21), (97, 161), (200, 333)),
-        ((13, 21), (97, 161), (97, 161)),
-        ((97, 161), (97, 161), (97, 161)),  # as sliding windows give them
-        ((97, 161), (97, 161), (120, 71)),
-        ((2, 1), (9, 8), (1, 1)),
-        ((1, 1), (1, 1), (5, 3)),
-    ):
-        logits = torch.randn(2, 4, *small)
-        plain = logits
-        for size in (middle, large):
-            plain = F.interpolate(plain, size, mode="bilinear", align_corners=align)
-        close(whole(resized_rows(logits, [middle, large], align), large[0]), plain)
-
-
 @pytest.mark.parametrize("name", MODELS.keys() - {"snlnet"})
 @torch.no_grad()
 def test_a_model_for_inference_is_the_model(name):
     model = build(name)
     fast = for_inference(copy.deepcopy(model), torch.device("cpu"))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
-    close(fast(IMAGES), model.coarse(IMAGES)[0])
-    golden = torch.tensor(reference.arrays(name)["r18_logits"])
-    close(fast(torch.tensor(reference.arrays("inputs")["x"])), golden, 1e-4)
+    close(fast(IMAGES), model(IMAGES))
 
 
 @torch.no_grad()
@@ -96,30 +68,43 @@ def test_weights_of_16_bits_are_mixed_precision(name):
     fast = for_inference(copy.deepcopy(model), torch.device("cpu"), torch.bfloat16)
     assert {conv.weight.dtype for conv in fast.modules() if isinstance(conv, nn.Conv2d)} == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
-        plain = model.coarse(IMAGES)[0].float()
+        plain = model(IMAGES)
     close(fast(IMAGES), plain, 0.03)
-    close(fast(IMAGES), model.coarse(IMAGES)[0], 0.03)
+    close(fast(IMAGES), model(IMAGES), 0.03)
 
 
 @pytest.mark.parametrize("align", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "align_corners"])
 @torch.no_grad()
-def test_the_modes_are_the_same_with_a_fast_model(align, monkeypatch):
+def test_the_modes_are_the_same_with_a_fast_model(align):
     model = build("gcnet", align)
     fast = for_inference(copy.deepcopy(model), torch.device("cpu"))
     images = torch.cat([IMAGES, IMAGES.flip(2)])[:, :, :80, :90]
-    for pixels in (1, 2**30):  # windows and images one by one, or together
-        monkeypatch.setattr("evaluate.BATCH_PIXELS", pixels)
-        slide = slide_inference(model, images, (65, 65), (43, 43))
-        close(slide_inference(fast, images, (65, 65), (43, 43)), slide)
-        close(inference(fast, images, (65, 65), (43, 43)), slide)
-        close(whole_inference(model, images), model(images))
-        close(whole(resized_rows(inference(fast, images), [images.shape[2:]], align), 80), model(images))
-        close(multi_scale_flip(fast, IMAGE, (90, 48)), multi_scale_flip(model, IMAGE, (90, 48)))
-    config = {"scale": [90, 48], "crop_size": [33, 40], "stride": None}
-    for config["stride"] in (None, [20, 30]):
-        for aug in (False, True):
-            same = predict(fast, IMAGE[None], config, aug) == predict(model, IMAGE[None], config, aug)
-            assert same.float().mean() > 0.999
+    close(slide_inference(fast, images, (65, 65), (43, 43)), slide_inference(model, images, (65, 65), (43, 43)))
+    close(whole_inference(fast, images), model(images))
+    close(multi_scale_flip(fast, IMAGE, (90, 48)), multi_scale_flip(model, IMAGE, (90, 48)))
+    for stride in (None, [20, 30]):
+        for scale in (None, [90, 48]):
+            for aug in (False, True):
+                settings = Settings(scale=scale, crop_size=[33, 40], stride=stride)
+                same = predict(fast, IMAGE, settings, aug)[0] == predict(model, IMAGE, settings, aug)[0]
+                assert same.float().mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    "crop_size, stride", [((33, 40), (20, 30)), ((33, 40), (33, 40)), ((90, 30), (7, 11))], ids=str
+)
+@torch.no_grad()
+def test_windows_by_rows_are_sliding_windows(crop_size, stride):
+    """Also of an image that is lower than the window, and of windows that cover a pixel many times."""
+    model = build("gcnet")
+    label = torch.randint(0, 19, IMAGE.shape[:2], generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    label[:9] = 255
+    logits = slide_inference(model, normalise(IMAGE.permute(2, 0, 1)[None]), crop_size, stride)
+    plain_loss = F.cross_entropy(logits, label[None].long(), ignore_index=255, reduction="sum").item()
+    classes, loss = slide_labels(model, IMAGE, crop_size, stride, label)
+    assert classes.dtype == torch.uint8 and (classes == logits[0].argmax(0)).float().mean() > 0.999
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    assert slide_labels(model, IMAGE, crop_size, stride)[1] is None
 
 
 # ------------------------------------------------------------------------------------------------- resizing of images

@@ -10,10 +10,10 @@ from PIL import Image
 
 import train
 from data import open_data
-from support.class_weights import class_weights
 from support.command import InputError
 from support.images import VOID
-from support.scan import scan
+from support.layouts import find_images
+from support.scan import class_weights, scan
 from tools import check_data, voc_aug
 
 
@@ -127,6 +127,35 @@ def test_a_wrong_root_is_told_the_layout(name, tmp_path):
         open_data(name, tmp_path / "nowhere", "train")
 
 
+def test_images_are_found_but_not_in_the_output_folder(tmp_path, capsys):
+    for name in ("a.jpg", "sub/b.TIF", "c.txt", "out/a_labels.png", "out/sub/b_labels.png", "outside/d.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    photos, out = tmp_path / "photos", tmp_path / "photos/out"
+    (tmp_path / "link").symlink_to(out)
+    for way_to_out in (out, tmp_path / "link", photos / "sub/../out"):
+        found = find_images([str(photos)], way_to_out)
+        assert found == {"a": photos / "a.jpg", "sub/b": photos / "sub/b.TIF", "outside/d": photos / "outside/d.png"}
+        notes = capsys.readouterr().err.splitlines()
+        assert notes[0].startswith(f"note: not used: {photos}/c.txt; images end in .jpg")
+        assert notes[1] == f"note: not used: {out}/a_labels.png and 1 others; in the output folder {way_to_out}"
+    assert list(find_images([f"{photos}/**/*.png"], out)) == ["d"]
+    assert list(find_images([f"{photos}/[as]*"], out)) == ["a"]  # but not the folder sub
+    assert list(find_images([f"{photos}/*.jpg", str(out / "a_labels.png"), str(out)], out)) == ["a"]
+    assert len(find_images([str(photos)], tmp_path / "not/yet/there")) == 5
+
+
+def test_an_output_folder_that_is_or_holds_that_of_the_images(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").touch()
+    for given in ("photos", "photos/a.jpg", "photos/*"):
+        for out in (tmp_path / "photos", tmp_path, tmp_path / "photos/.."):
+            with pytest.raises(InputError, match=f"^{out}: is, or holds, {tmp_path}/photos, where images"):
+                find_images([str(tmp_path / given)], out)
+    with pytest.raises(InputError, match="there are no images there"):
+        find_images([str(tmp_path / "photos/*.png")], tmp_path / "out")
+
+
 def test_voc_aug(voc, tmp_path, run_inside):
     savemat = pytest.importorskip("scipy.io", reason="SBD's files are made and read with scipy").savemat
     (tmp_path / "sbd/dataset/cls").mkdir(parents=True)
@@ -134,15 +163,17 @@ def test_voc_aug(voc, tmp_path, run_inside):
         content = {"GTcls": {"Segmentation": np.full((4, 6), value, np.uint8), "Boundaries": 0}}
         savemat(tmp_path / f"sbd/dataset/cls/{name}.mat", content)
         image(voc / f"JPEGImages/{name}.jpg")
+    arguments = (voc_aug, tmp_path / "sbd", "--data-root", voc)
     listed = voc / "ImageSets/Segmentation/aug.txt"
     before = listed.read_text()
-    assert f"{listed}: is there already" in run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc, fails=True)
+    assert f"{listed}: is there already; --overwrite replaces it" in run_inside(*arguments, fails=True)
     assert listed.read_text() == before and not (voc / "SegmentationClassAug/2010_5.png").exists()
     listed.unlink()
-    assert "2009_4.png: is there already" in run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc, fails=True)
+    assert "2009_4.png: is there already" in run_inside(*arguments, fails=True)
     shutil.rmtree(voc / "SegmentationClassAug")
-    for _ in range(2):
-        assert "2 images" in run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc)
+    assert "2 images" in run_inside(*arguments)
+    (voc / "SegmentationClassAug/2009_4.png").write_bytes(b"damaged")
+    assert "2 images" in run_inside(*arguments, "--overwrite")
     (tmp_path / "none/cls").mkdir(parents=True)
     message = run_inside(voc_aug, tmp_path / "none", "--data-root", voc, fails=True)
     assert "holds none of SBD's .mat files" in message
@@ -150,20 +181,19 @@ def test_voc_aug(voc, tmp_path, run_inside):
     data = open_data("voc12aug", voc, "train")
     assert [data[i][1].unique().tolist() for i in (2, 3)] == [[3], [4]]
     (tmp_path / "sbd/dataset/cls/2010_6.mat").write_bytes(b"no mat")
-    listed.unlink()
-    message = run_inside(voc_aug, tmp_path / "sbd", "--data-root", voc, fails=True)
+    message = run_inside(*arguments, "--overwrite", fails=True)
     assert "2010_6.mat: is not one of SBD's label files" in message
 
 
 def test_check_command(folder, run_script, run_inside, capsys):
     done = run_inside(check_data, "--data-root", folder, "--workers", 0)
     assert "train: 6 of 6 pairs are good; 1 sizes (width x height): 48x40 (6)" in done
-    assert "house" in done and "good: nothing in the way" in done
+    assert "house" in done and "good: no problems found" in done
     label(folder / "annotations/train/scene1.png", (7,))
     (folder / "images/val/scene1.png").write_bytes(b"")
     done = run_script("tools.check_data", "--data-root", folder, status=2)
     assert "scene1.png: holds the value 7" in done.stdout and "val/scene1.png: cannot be read" in done.stdout
-    assert "check_data.py: error: 2 problems must be mended" in done.stderr
+    assert "check_data.py: error: 2 problems to correct" in done.stderr
 
 
 def test_check_finds_what_train_would_refuse(folder, run_inside, capsys):
@@ -172,7 +202,7 @@ def test_check_finds_what_train_would_refuse(folder, run_inside, capsys):
         image = folder / "images/val" / path.relative_to(folder / "annotations/val")
         Image.new("RGB", (6, 4)).save(image)
     arguments = ("--data-root", folder, "--workers", 0)
-    assert "1 problem must be mended" in run_inside(check_data, *arguments, fails=True)
+    assert "1 problem to correct" in run_inside(check_data, *arguments, fails=True)
     assert "val: all labels are void" in capsys.readouterr().out
     (folder / "annotations/train").rename(folder / "annotations/other")
     run_inside(check_data, *arguments, "--split", "train", fails=True)

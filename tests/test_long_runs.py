@@ -69,7 +69,7 @@ def test_a_rank_that_dies_is_started_again(folder, run_script, tmp_path):
     arguments = train_arguments(folder, "whole", 10)
     run_script(*arguments, processes=2)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
-    process = start([*launch, ROOT / "train.py", *train_arguments(folder, "parts", 10)[1:]], tmp_path)
+    process = start([*launch, ROOT / "train.py", *train_arguments(folder, "parts", 10)[1:], "--resume"], tmp_path)
     while process.poll() is None and not (tmp_path / "parts/last.pt").exists():
         time.sleep(0.05)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, run_inside, tmp_path, m
     monkeypatch.setattr(train, "segmentation_loss", loss)
     monkeypatch.setattr(train, "validation_is_due", lambda *arguments: False)
     message = run_inside(train, *train_arguments(folder, "run", 20, workers=0)[1:], fails=True)
-    assert "iteration 4: the loss is nan, learning rate 0.0082" in message and message.count("scene") == 2
+    assert "iteration 4: diverged at learning rate 0.0082: the loss is nan" in message and message.count("scene") == 2
     log = read_log(tmp_path / "run")
     assert max(line["iteration"] for line in log) == 3 and all("NaN" not in str(line) for line in log)
     assert not (tmp_path / "run/last.pt").exists()

@@ -10,7 +10,7 @@ from ann import AsymmetricNonLocalBlock
 from evaluate import multi_scale_flip, slide_inference, whole_inference
 from gcnet import GCBlock, SimplifiedNonLocalBlock
 from nonlocal_net import NonLocalBlock
-from support.checkpoint import MODELS
+from support.settings import MODELS
 from train import segmentation_loss
 
 PUBLISHED = ["gcnet", "nonlocal_net", "ann", "fcn"]
@@ -35,6 +35,15 @@ def close_to_largest(ours, golden, tolerance=1e-4):
 def test_parameters_are_the_published_ones(name, depth):
     ours = {key: list(value.shape) for key, value in MODELS[name](19, depth).state_dict().items()}
     assert ours == reference.keys(name, depth)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_options_reach_what_the_models_share(name):
+    model = MODELS[name](3, 18, stem_channels=128, aux_channels=512)
+    channels = model.backbone.stem[6].out_channels, model.auxiliary_head.convs[0].conv.out_channels
+    assert channels == (128, 512 // 4)  # of R-18's heads
+    with pytest.raises(TypeError, match="stem_chanels"):
+        MODELS[name](3, 18, stem_chanels=128)
 
 
 @pytest.mark.parametrize("depth", [18, 50, pytest.param(101, marks=SLOW)])

@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -12,19 +11,17 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, published, save_model, start, train_arguments, write_scene
+from conftest import ROOT, save_model, write_scene
 from PIL import Image
 
 import evaluate
 import train
 from data import open_data
-from evaluate import equal_sizes
 from support.checkpoint import load_model
 from support.command import InputError, explain
-from support.images import FORMATS, VOID, read_image, read_label
+from support.images import FORMATS, read_image, read_label
 from support.layouts import find_images, identity
 from support.run import newest_checkpoint
-from tools import check_data
 
 # ----------------------------------------------------------------------------------------------------------- images
 
@@ -156,7 +153,7 @@ def test_links_in_circles_end(folder, tmp_path):
     for name in ("a", "b", "street/c"):
         (folder / "images/train" / name).symlink_to(folder / "images/train")
     assert len(open_data("folder", folder, "train")) == 6
-    assert len(find_images([str(folder / "images/train")])) == 6
+    assert len(find_images([str(folder / "images/train")], tmp_path / "out")) == 6
     (tmp_path / "elsewhere").mkdir()
     write_scene(tmp_path / "elsewhere", tmp_path / "elsewhere_labels", "far", 0)
     (folder / "images/train/linked").symlink_to(tmp_path / "elsewhere")  # a link that adds files still does
@@ -168,19 +165,13 @@ def test_resource_forks_of_macos_are_left_out(tmp_path):
     for name in ("a.jpg", "._a.jpg", ".b/c.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert list(find_images([str(tmp_path)])) == ["a"]
-
-
-@pytest.mark.parametrize("split", ["", ".", "..", "../val", "/"])
-def test_a_split_is_the_name_of_a_folder(split, folder, run_inside):
-    message = run_inside(check_data, "--data-root", folder, "--split", split, fails=True)
-    assert message.endswith(f"{split!r} is no name of a split")
+    assert list(find_images([str(tmp_path)], tmp_path / "out")) == ["a"]
 
 
 @pytest.mark.parametrize("option", ["--data-root", "--split", "--save", "--dataset"])
 def test_an_empty_option_is_a_mistake(option, run_inside):
     message = run_inside(evaluate, option, "", fails=True)
-    assert "is empty" in message or "invalid choice: ''" in message or "'' is no name of a split" in message
+    assert "is empty" in message or "invalid choice: ''" in message
     assert run_inside(evaluate, "", fails=True) == "checkpoint: is empty"
 
 
@@ -201,40 +192,7 @@ def test_a_name_that_is_not_text(folder, tmp_path):
         assert [len(data[i]) for i in range(6)] == [2] * 6
 
 
-def test_the_cache_knows_the_classes(folder, tmp_path):
-    data = open_data("folder", folder, "train", tmp_path / "cache")
-    assert set(data[0][1].unique().tolist()) <= {0, 1, 2, VOID}
-    (folder / "classes.txt").write_text("road\nhouse\n")
-    data = open_data("folder", folder, "train", tmp_path / "cache")
-    with pytest.raises(InputError, match="holds the value 2; labels are 0 to 1"):
-        [data[i] for i in range(6)]
-
-
-def test_few_files_are_open_at_a_time():
-    samples = [(i, (torch.zeros(2, 2, 3), torch.zeros(2, 2))) for i in range(1000)]
-    assert max(len(group) for group in equal_sizes(samples, 2**18)) == 64
-    assert max(len(group) for group in equal_sizes(samples, 12)) == 3
-
-
-@pytest.mark.slow
-def test_many_small_images_with_few_open_files(tmp_path):
-    root = tmp_path / "own"
-    for i in range(600):
-        write_scene(root / "images/val", root / "annotations/val", f"{i:03}", i, size=(8, 8))
-    (root / "classes.txt").write_text("road\nhouse\ntree\n")
-    save_model(tmp_path / "model.pt", "gcnet")
-
-    def few():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
-
-    process = start(["evaluate.py", "model.pt", "--data-root", root, "--workers", 1], tmp_path, preexec_fn=few)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "mIoU" in out, err
-
-
 # ------------------------------------------------------------------------------------------------------ checkpoints
-
-MISSING = object()
 
 
 def test_a_flipped_bit_is_found(tmp_path):
@@ -264,80 +222,21 @@ def test_scores_that_are_no_numbers_are_no_classes(folder, tmp_path, run_inside)
     assert message.startswith("the model's scores are not numbers")
 
 
-def test_a_state_that_no_run_has(folder, tmp_path, run_inside):
-    run_inside(train, *train_arguments(folder, "run", 1, workers=0)[1:])
-    last = tmp_path / "run/last.pt"
-    good = last.read_bytes()
-    crafted = {"iteration": ("1", -1, 1.5), "best_miou": ("x",), "optimizer": (None, {})}
-    for name, value in [(key, value) for key, values in crafted.items() for value in values]:
-        last.write_bytes(good)
-        edited(last, lambda saved: saved.update({name: value}))  # noqa: B023
-        message = run_inside(train, "--resume", "--out", "run", fails=True)
-        assert message.startswith("run/last.pt: ") and "--init takes its weights alone" in message, (name, value)
-
-
-@pytest.mark.parametrize(
-    "name, value", [("PALETTE", 300), ("PALETTE", [1, 2, 3]), ("CLASSES", (1, 2)), ("stride", "(0, 0)")]
-)
-def test_a_published_file_with_a_crafted_config(name, value, tmp_path):
-    file = published(classes=2, test=f"mode='slide', crop_size=(8, 8), stride={value}" if name == "stride" else "")
-    file["meta"][name] = value
-    torch.save(file, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="a.pth: its "):
-        load_model(tmp_path / "a.pth")
-
-
-def test_integer_weights_are_refused(tmp_path):
-    def change(saved):
-        saved["model"]["decode_head.conv_seg.bias"] = torch.zeros(3, dtype=torch.int64)
-
-    path = edited(save_model(tmp_path / "model.pt", "gcnet"), change)
-    with pytest.raises(InputError, match="decode_head.conv_seg.bias is torch.int64; the model has torch.float32"):
-        load_model(path)
-
-
 @pytest.mark.parametrize(
     "name, value",
-    [
-        ("model", ["gcnet"]),
-        ("model", "unet"),
-        ("depth", True),
-        ("gc_backbone", 4.0),
-        ("blocks", ["res4", "nl"]),
-        ("blocks", "nl"),
-        ("cityscapes_ablation", 1),
-        ("stride", [33, 16]),
-        ("scale", [2**70, 2]),
-        ("depth", [18]),
-        ("align_corners", "no"),
-        ("dataset", 3),
-        ("scale", 512),
-        ("scale", [512]),
-        ("crop_size", [0, 32]),
-        ("crop_size", ["a", "b"]),
-        ("stride", [1.5, 2]),
-        ("stride", {"a": 1}),
-        ("classes", "abc"),
-        ("classes", [1, 2, 3]),
-        ("classes", []),
-        ("palette", [[0, 0]] * 3),
-        ("palette", [[0, 0, 256]] * 3),
-        ("palette", [[0, 0, 0]]),
-        ("data_root", 5),
-        ("gc_backbone", "many"),
-        ("scale", MISSING),
-    ],
-    ids=str,
+    [("model", "unet"), ("depth", 20), ("blocks", ["nl", "res5"]), ("classes", None), ("learning_rate", 1)],
 )
-def test_a_config_that_no_run_has(name, value, tmp_path):
-    def change(saved):
-        saved["config"][name] = value
-        if value is MISSING:
-            del saved["config"][name]
-
-    path = edited(save_model(tmp_path / "model.pt", "gcnet"), change)
-    with pytest.raises(InputError, match=f"^{path}: its config "):
+def test_a_config_that_builds_no_model(name, value, tmp_path):
+    path = edited(save_model(tmp_path / "model.pt", "gcnet"), lambda saved: saved["config"].update({name: value}))
+    with pytest.raises(InputError, match=rf"^{path}: its config builds no model here \("):
         load_model(path)
+
+
+def test_a_checkpoint_of_the_weights_alone_is_no_run(folder, tmp_path, run_inside):
+    (tmp_path / "run").mkdir()
+    save_model(tmp_path / "run/last.pt", "gcnet")
+    message = run_inside(train, "--resume", "--out", "run", "--data-root", folder, fails=True)
+    assert message.startswith("run/last.pt: is no state of a run") and "--init takes its weights alone" in message
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
@@ -346,7 +245,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
 
     path = save_model(tmp_path / "model.pt", "gcnet")
     monkeypatch.setattr(torch, "load", deny)
-    with pytest.raises(InputError, match=rf"^{path}: cannot be read \(Permission denied\)"):
+    with pytest.raises(InputError, match=rf"^{path}: cannot be read .*Permission denied"):
         load_model(path)
 
 
@@ -387,15 +286,3 @@ def test_an_output_that_nobody_reads(tmp_path):
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writing)
     assert done.returncode == 2 and done.stderr == "-c: error: nobody reads the output any more\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
-def test_closed_streams(closed, tmp_path):
-    save_model(tmp_path / "model.pt", "gcnet")
-    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = f"{sys.executable} -m tools.predict photo.png --checkpoint model.pt {closed}"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert len(list((tmp_path / "predictions").glob("*.png"))) == 3

@@ -6,15 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_log, run_together, save_model, train_arguments
+from conftest import read_log, save_model, train_arguments
 from PIL import Image
 
 import evaluate
 import train
-from data import normalise
-from evaluate import slide_by_rows
 from resnet_d8 import FCN
-from support.pictures import save_png
+from support import layouts
+from support.command import InputError
+from support.fast import slide_labels
+from support.images import normalise
+from support.pictures import LabelMaps
 from support.scan import never_labelled
 from tools import check_data, predict
 
@@ -26,12 +28,6 @@ def binary(folder):
         Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
     (folder / "classes.txt").write_text("background\nroof\n")
     return folder
-
-
-def save_png_at(path):
-    """A picture as the commands write it."""
-    save_png(Image.new("L", (3, 2)), path)
-    return path
 
 
 # --------------------------------------------------------------------------------------------- classes without labels
@@ -51,50 +47,28 @@ def test_what_is_said_of_classes_without_labels():
 
 
 def test_masks_of_0_and_255_are_explained(binary, run_inside, capsys):
-    assert "1 problem must be mended" in run_inside(check_data, "--data-root", binary, "--workers", 0, fails=True)
+    assert "1 problem to correct" in run_inside(check_data, "--data-root", binary, "--workers", 0, fails=True)
     assert "train: of the labels none shows roof; all other pixels are 255" in capsys.readouterr().out
     said = run_inside(train, *train_arguments(binary, "run", 2, workers=0)[1:])
-    assert said.count("warning: of the training labels so far none shows roof; all other pixels are 255") == 1
-
-
-def test_padding_of_the_crops_is_no_void(folder, run_inside):
-    """Images smaller than the crop whose labels hold neither 255 nor one of the classes."""
-    for path in (folder / "annotations").rglob("*.png"):
-        Image.fromarray(np.minimum(np.asarray(Image.open(path)) % 255, 0)).save(path)
-    arguments = train_arguments(folder, "run", 1, workers=0)[1:]
-    said = run_inside(train, *arguments, "--crop-size", 64, 64)
-    assert "of the training labels so far none shows house, tree\n" in said
-
-
-@pytest.mark.slow
-def test_a_class_that_only_another_process_has_seen(folder, tmp_path):
-    """Each process sees one half of the images; together they see all classes."""
-    for split in ("images", "annotations"):
-        for i in (2, 3, 4, 5):
-            (folder / f"{split}/train/scene{i}.png").unlink()
-        shutil.move(folder / f"{split}/train/street/scene0.png", folder / f"{split}/train/scene0.png")
-    for i in (0, 1):
-        label = np.array([[0, 1 + i]], np.uint8).repeat(24, 1).repeat(40, 0)
-        Image.fromarray(label).save(folder / f"annotations/train/scene{i}.png")
-    arguments = train_arguments(folder, "run", 1)
-    arguments[arguments.index("--batch-size") + 1] = 1
-    out, err, status = run_together([ROOT / arguments[0], *arguments[1:]], tmp_path)
-    assert status == 0 and "mIoU" in out, err
-    assert "warning" not in out
+    assert said.count("warning: of the labels to validate on none shows roof; python -m tools.check_data") == 1
 
 
 # ------------------------------------------------------------------------------------------------------- large images
 
 
-def test_windows_by_rows_are_complete_and_take_images_as_they_are():
+def test_the_class_map_of_a_large_image_is_that_of_its_windows_logits():
     torch.manual_seed(0)
     model = FCN(5, depth=18).eval()
-    images = torch.randint(0, 256, (2, 3, 75, 90), dtype=torch.uint8)
-    with torch.inference_mode():
-        whole = evaluate.slide_inference(model, normalise(images), (32, 40), (20, 33))
-        rows, parts = zip(*slide_by_rows(model, images, (32, 40), (20, 33)), strict=True)
-    assert [(part.start, part.stop) for part in rows] == [(0, 20), (20, 40), (40, 43), (43, 75)]
-    torch.testing.assert_close(torch.cat(parts, 2), whole)
+    image = torch.randint(0, 256, (75, 90, 3), dtype=torch.uint8)
+    label = torch.randint(0, 5, (75, 90), dtype=torch.uint8)
+    label[:9] = 255
+    for crop_size, stride in (((32, 40), (20, 33)), ((80, 100), (40, 50))):
+        with torch.inference_mode():
+            logits = evaluate.slide_inference(model, normalise(image.permute(2, 0, 1)[None]), crop_size, stride)
+        classes, loss = slide_labels(model, image, crop_size, stride, label)
+        assert classes.equal(logits[0].argmax(0).byte())
+        expected = torch.nn.functional.cross_entropy(logits, label[None].long(), ignore_index=255, reduction="sum")
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_stride_of_commands(folder, run_inside, tmp_path):
@@ -108,7 +82,7 @@ def test_stride_of_commands(folder, run_inside, tmp_path):
         maps.append(np.asarray(Image.open(tmp_path / f"out{i}/scene1_labels.png")))
     assert not (maps[0] == maps[1]).all() and not (maps[1] == maps[2]).all()
     refused = run_inside(predict, image, "--checkpoint", model, "--stride", 33, 8, fails=True)
-    assert refused == "--stride 33 8: leaves gaps between windows of [32, 32]"
+    assert refused == "--stride 33 8: leaves gaps between windows of 32 32"
     saved = torch.load(model)
     saved["config"]["crop_size"] = None
     torch.save(saved, model)
@@ -164,26 +138,53 @@ def test_every_figure_of_the_json_can_be_recomputed(folder, run_inside, tmp_path
     assert Image.open(tmp_path / "figures/result.json.png").size[0] > 4 * 48
 
 
-def test_the_json_replaces_its_own_kind_alone(folder, run_inside, tmp_path):
+def test_the_json_replaces_files_only_with_overwrite(folder, run_inside, tmp_path):
     model = save_model(tmp_path / "model.pt", "fcn")
     arguments = (model, "--data-root", folder, "--workers", 0, "--json", "result.json")
-    for _ in range(2):
-        run_inside(evaluate, *arguments)
-    for name in ("result.json", "result.json.png"):
-        kept = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(b"mine")
-        assert f"{name}: is there already" in run_inside(evaluate, *arguments, fails=True)
-        (tmp_path / name).write_bytes(kept)
-    label_map = save_png_at(tmp_path / "map.png")
-    for name, message in {
-        ".": "cannot be written",
-        "model.pt/x": "stands where a folder",
-        "map.png": "no such file",
-    }.items():
-        assert message in run_inside(evaluate, *arguments[:-1], name, fails=True)
-    assert label_map.read_bytes() == save_png_at(tmp_path / "other.png").read_bytes()
+    run_inside(evaluate, *arguments)
+    (tmp_path / "result.json.png").write_bytes(b"mine")
+    assert run_inside(evaluate, *arguments, fails=True) == "result.json: is there already; --overwrite replaces it"
+    (tmp_path / "result.json").unlink()
+    assert "result.json.png: is there already" in run_inside(evaluate, *arguments, fails=True)
+    assert not (tmp_path / "result.json").exists() and (tmp_path / "result.json.png").read_bytes() == b"mine"
+    run_inside(evaluate, *arguments, "--overwrite")
+    assert json.loads((tmp_path / "result.json").read_text())["split"] == "val"
+    assert Image.open(tmp_path / "result.json.png").size[0] > 3 * 48
+
+
+def test_what_cannot_be_written_is_found_before_the_evaluation(folder, run_inside, tmp_path, monkeypatch):
+    model = save_model(tmp_path / "model.pt", "fcn")
+    arguments = (model, "--data-root", folder, "--workers", 0)
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    for name, message in {".": "is a folder; name a file", "model.pt/x": "File exists: 'model.pt'"}.items():
+        assert message in run_inside(evaluate, *arguments, "--json", name, fails=True)
+    monkeypatch.setattr("os.access", lambda *_: False)  # as in a folder of others
+    assert "a/b.json: cannot be written; name a file" in run_inside(
+        evaluate, *arguments, "--json", "a/b.json", fails=True
+    )
     shutil.rmtree(folder / "annotations/val")
-    assert "--json: the split 'val' has no labels" in run_inside(evaluate, *arguments, "--save", "maps", fails=True)
+    arguments = (*arguments, "--save", "maps", "--json", "result.json")
+    assert "--json: the split 'val' has no labels" in run_inside(evaluate, *arguments, fails=True)
+
+
+def test_label_maps_are_refused_before_they_lose_something(folder, tmp_path):
+    data = layouts.folder(folder, "val")
+    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    for place in ("annotations/val", "annotations", "images/val", "images/val/street", ".."):
+        with pytest.raises(InputError, match="is, or holds, .*where images or labels are"):
+            LabelMaps(folder / place, data, overwrite=True)
+    (tmp_path / "maps/street").mkdir(parents=True)
+    (tmp_path / "maps/street/scene0.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="maps/street/scene0.png: is there already; --overwrite replaces it"):
+        LabelMaps(tmp_path / "maps", data)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.png")}
+    labels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    for place, overwrite in ((tmp_path / "maps", True), (folder / "images/val/new", False)):
+        maps = LabelMaps(place, data, overwrite=overwrite)
+        for i in range(3):
+            maps.save(i, torch.from_numpy(labels))
+        assert (np.asarray(Image.open(place / "street/scene0.png")) == labels).all()
+        assert sorted(path.name for path in place.rglob("*.png")) == ["scene0.png", "scene1.png", "scene2.png"]
 
 
 def test_the_log_holds_the_iou_of_each_class(folder, run_inside, tmp_path):

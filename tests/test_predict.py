@@ -58,12 +58,31 @@ def test_predict(model, run_script, run_inside, tmp_path):
     assert missing == "nothing*.jpg: there are no images there"
 
 
-def test_results_never_overwrite_each_other(tmp_path):
-    for name in ("one/a.jpg", "two/a.png"):
-        (tmp_path / name).parent.mkdir()
-        Image.new("RGB", (2, 2)).save(tmp_path / name)
+def test_nothing_is_overwritten(model, run_inside, tmp_path):
+    for name in ("one/a.jpg", "two/a.png", "one/a_labels.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 8)).save(tmp_path / name)
     with pytest.raises(InputError, match="would overwrite"):
-        find_images([str(tmp_path / "one"), str(tmp_path / "two")])
+        find_images([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path / "out")
+    before = (tmp_path / "one/a_labels.png").read_bytes()
+    command = ("--checkpoint", model, "--out", "one")
+    for images in ("one", "one/a.jpg"):
+        refused = run_inside(predict, images, *command, "--overwrite", fails=True)
+        assert refused == "one: is, or holds, one, where images or labels are; name another folder"
+    assert (
+        run_inside(predict, "two", *command, fails=True)
+        == "one/a_labels.png: is there already; --overwrite replaces it"
+    )
+    assert (tmp_path / "one/a_labels.png").read_bytes() == before and len(list((tmp_path / "one").iterdir())) == 2
+    assert "1 images: one/" in run_inside(predict, "two", *command, "--overwrite")
+    assert (tmp_path / "one/a_labels.png").read_bytes() != before
+
+
+def test_predict_does_not_predict_its_predictions(model, run_inside, tmp_path):
+    Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
+    for _ in range(2):
+        assert "1 images: predictions/" in run_inside(predict, ".", "--checkpoint", model, "--overwrite")
+    assert len(list(tmp_path.rglob("*.png"))) == 4
 
 
 def test_save_and_submit(model, run_inside, tmp_path):
@@ -93,6 +112,6 @@ def test_no_file_of_the_data_set_is_overwritten(model, run_inside, tmp_path):
     before = [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))]
     for folder in ("own/annotations/val", "own/images/val"):
         message = run_inside(evaluate, model, "--data-root", "own", "--save", folder, fails=True)
-        assert "is there already, and was not written by this command" in message
+        assert message.startswith(f"{folder}: is, or holds, {folder}, where images or labels are")
     assert [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))] == before
     assert "not allowed with" in run_inside(evaluate, model, "--save", "a", "--submit", "b", fails=True)

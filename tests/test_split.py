@@ -44,8 +44,9 @@ def test_split(names, tmp_path, run_inside):
     for image, mask in data.files:
         name = image.relative_to(tmp_path / "own/images/train")
         assert image.samefile(tmp_path / "photos" / name) and mask.samefile(tmp_path / "masks" / name)
-    assert "good: nothing in the way" in run_inside(check_data, "--data-root", "own", "--workers", 0)
+    assert "good: no problems" in run_inside(check_data, "--data-root", "own", "--workers", 0)
     assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["annotations", "classes.txt", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "own", "photos"]
 
 
 def test_copies_and_links(names, tmp_path, run_inside):
@@ -54,10 +55,10 @@ def test_copies_and_links(names, tmp_path, run_inside):
     first.symlink_to("../../elsewhere.png")
     done = run_inside(split, *COMMAND)
     assert "write own/classes.txt: one class name a line" in done
-    run_inside(split, "photos", "masks", "--out", "copy", "--copy")
-    assert drawn(tmp_path / "own") == drawn(tmp_path / "copy")
-    for path in (tmp_path / "copy").rglob("*.png"):
-        other = tmp_path / "own" / path.relative_to(tmp_path / "copy")
+    run_inside(split, "photos", "masks", "--out", "new/copy", "--copy")
+    assert drawn(tmp_path / "own") == drawn(tmp_path / "new/copy")
+    for path in (tmp_path / "new/copy").rglob("*.png"):
+        other = tmp_path / "own" / path.relative_to(tmp_path / "new/copy")
         assert path.read_bytes() == other.read_bytes() and not path.samefile(other) and not path.is_symlink()
 
 
@@ -74,18 +75,13 @@ def test_refusals(names, tmp_path, run_inside, monkeypatch):
     def refuses(*arguments):
         before = sorted(tmp_path.rglob("*"))
         message = run_inside(split, *arguments, fails=True)
-        assert [path for path in sorted(tmp_path.rglob("*")) if path not in before] in ([], [tmp_path / "own"])
+        assert sorted(tmp_path.rglob("*")) == before
         return message
 
     assert "nowhere: there is no such folder" in refuses("photos", "nowhere", "--out", "own")
-    assert "own: lies in photos" in refuses("photos", "masks", "--out", "photos/own").replace("photos/own:", "own:")
     assert "none would be left to train on" in refuses(*COMMAND, "--val", 0.9, "--test", 0.1)
-    assert "2 is not a number from 0 to less than 1" in refuses(*COMMAND, "--val", 2)
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own/classes.txt").write_text("road\n")
-    (tmp_path / "masks/classes.txt").write_text("car\n")
-    assert "own/classes.txt: names other classes than masks/classes.txt" in refuses(*COMMAND)
-    (tmp_path / "own/classes.txt").unlink()
+    for value in (2, "nan"):
+        assert f"{value} is not a number from 0 to less than 1" in refuses(*COMMAND, "--val", value)
 
     def fail(source, target):
         if source.endswith("9.png") and "masks" in source:
@@ -95,16 +91,8 @@ def test_refusals(names, tmp_path, run_inside, monkeypatch):
     link = os.link
     monkeypatch.setattr(os, "link", fail)
     assert "cannot be linked from another folder (Invalid cross-device link); add --copy" in refuses(*COMMAND)
-    for taken in ("images", "annotations"):
-        (tmp_path / "own" / taken).mkdir()
-        assert f"own/{taken}: is there already" in refuses(*COMMAND)
-        (tmp_path / "own" / taken).rmdir()
+    (tmp_path / "own").mkdir()
+    for out in ("own", "photos", "."):
+        assert refuses("photos", "masks", "--out", out) == f"{out}: is there already; name another folder"
     (tmp_path / f"masks/{names[0]}.png").unlink()
-    assert f"{names[0]}.png: has no label" in refuses(*COMMAND)
-
-
-def test_the_images_are_no_masks(names, run_inside, tmp_path):
-    assert "photos: is the folder of the images, too" in run_inside(
-        split, "photos", "photos", "--out", "own", fails=True
-    )
-    assert not (tmp_path / "own").exists()
+    assert f"{names[0]}.png: has no label" in refuses("photos", "masks", "--out", "new")

@@ -20,6 +20,7 @@ import base64
 import io
 import json
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,16 +31,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ann import AFNB, APNB, AsymmetricNonLocalBlock
+from ann import AFNB, APNB, AsymmetricNonLocalBlock, PyramidPooling
 from evaluate import data_of, predict
 from gcnet import GCBlock, SimplifiedNonLocalBlock
 from nonlocal_net import NonLocalBlock
 from support import zoo
 from support.checkpoint import load_model
-from support.command import InputError, Parser, run_command, split_name, whole_number
+from support.command import InputError, Parser, run_command, whole_number
+from support.files import refuse_existing, refuse_output_folder
 from support.images import read_image
 from support.layouts import find_images
-from support.pictures import INK, MARK, PAPER, refuse_to_replace, save_png
+from support.pictures import INK, PAPER, save_png
 from support.processes import start_process
 from support.run import newest_checkpoint
 from support.settings import PRESETS
@@ -51,7 +53,6 @@ TITLES = {
     AFNB: "AFNB (110 samples)",
     APNB: "APNB (110 samples)",
 }
-NO_SOFTMAX = ("dot_product", "concatenation")  # modes of a non-local block
 PUBLISHED = {  # by GCNet's authors, of trained embedded Gaussian blocks: input, attention, output
     "COCO": (0.401, 0.020, 0.012),
     "ImageNet": (0.358, 0.004, 0.003),
@@ -77,19 +78,27 @@ class Seen(NamedTuple):
     output: torch.Tensor  # float (C, H, W), before it is added to the input or, in ANN, concatenated
 
 
-def titles_of(model):
-    """{context block: its title} of a model, but for blocks whose weights are no softmax, and may be negative."""
+def load_with_blocks(source, device):
+    """(model, titles, settings) of a checkpoint: the model in eval mode, and {context block: title} of those to look
+    at. Says which blocks are left out, since their weights are no softmax, and may be negative. Raises InputError if
+    none is left."""
+    model, settings = load_model(source)
     titles = {}
     for name, module in model.named_modules():
-        if type(module) in TITLES and getattr(module, "mode", None) not in NO_SOFTMAX:
+        if getattr(module, "mode", None) in ("dot_product", "concatenation"):
+            print(f"{source}: {name} is not shown: mode {module.mode}, whose weights are no softmax")
+        elif type(module) in TITLES:
             block = module.stages[0] if isinstance(module, AFNB | APNB) else module
             place = name.removeprefix("backbone.").removesuffix(".context_block")
-            titles[block] = TITLES[type(module)] + (f" in {place}" if name.startswith("backbone.") else "")
-    return titles
+            place = f" in {place}" if name.startswith("backbone.") else ""
+            titles[block] = f"{TITLES[type(module)]}{place} of {source}"
+    if not titles:
+        raise InputError(f"{source}: has no context block whose attention is a softmax")
+    return model.eval().to(device, memory_format=torch.channels_last), titles, settings
 
 
 def query_and_key(block, x, y=None):
-    """The two of Seen for each of N images, of a block's inputs (N, C, H, W): one, or ANN's two."""
+    """The two of Seen, of a block's inputs (1, C, H, W): one, or ANN's two."""
     if isinstance(block, AsymmetricNonLocalBlock):
         query, key = block.query_project(x), block.pool(block.key_project(y))
         query = query * key.shape[1] ** -0.5
@@ -101,39 +110,34 @@ def query_and_key(block, x, y=None):
         query = query * key.shape[1] ** -0.5
     else:  # gaussian
         query = key = x
-    return query.flatten(2).transpose(1, 2), key.flatten(2).transpose(1, 2)
+    return query[0].flatten(1).T, key[0].flatten(1).T
 
 
 @torch.inference_mode()
-def observe(model, image, config):
-    """A list of Seen, one for each context block, and for each window if the config says so; the arguments are those
-    of evaluate.predict, which also prepares the image."""
+def observe(model, titles, image, settings):
+    """A list of Seen, one of each block in `titles`, while the model predicts an image uint8 (H, W, 3); if the settings
+    have a stride, one of each block in each window."""
     seen = []
-    titles = titles_of(model)
 
     def look(block, inputs, output):
         pooled = isinstance(block, AsymmetricNonLocalBlock)
         added = output if pooled else output - inputs[0]
-        for parts in zip(*query_and_key(block, *inputs), inputs[0], added, strict=True):
-            seen.append(Seen(titles[block], pooled, *parts))
+        seen.append(Seen(titles[block], pooled, *query_and_key(block, *inputs), inputs[0][0], added[0]))
 
     hooks = [block.register_forward_hook(look) for block in titles]
-    predict(model, image[None], config)
+    predict(model, image, settings)
     for hook in hooks:
         hook.remove()
     return seen
 
 
 def unpool(weights, height, width):
-    """Attention to samples (Q, 110) as maps (Q, H, W) of the same sum: a sample gives its weight to what it averages.
-
-    It is the adjoint of PyramidPooling, whose averages over cells are averages over columns, then over rows.
-    """
-    maps = 0
-    for n, part in zip((1, 3, 6, 8), weights.split((1, 9, 36, 64), dim=1), strict=True):
-        rows, columns = (F.adaptive_avg_pool1d(torch.eye(side).to(weights), n) for side in (height, width))  # (side, n)
-        maps = maps + rows @ part.unflatten(1, (n, n)) @ columns.T
-    return maps
+    """Attention to samples (Q, 110) as maps (Q, H, W) of the same sum: each sample's weight, in equal parts, on the
+    positions that it averages. That is what the gradient of the pooling does."""
+    positions = torch.zeros(len(weights), 1, height, width, device=weights.device, requires_grad=True)
+    with torch.enable_grad():
+        samples = PyramidPooling()(positions)  # (Q, 1, 110)
+    return torch.autograd.grad(samples, positions, weights[:, None])[0][:, 0]
 
 
 def attention(seen, points):
@@ -160,15 +164,15 @@ def cosine_distance(parts):
     return max(0.5 - total.square().sum().item() / (2 * count**2), 0.0) if count else float("nan")
 
 
-def statistics(model, data, config):
-    """{block: float64 (3,)}: the cosine distances of its inputs, attention and outputs, averaged over a data set's
-    images (over windows, if the checkpoint is evaluated in windows)."""
-    distances = {}
+def statistics(model, titles, data, settings):
+    """{title: float64 (3,)}: the cosine distances of a block's inputs, attention and outputs, averaged over a data
+    set's images (over windows, if the checkpoint is evaluated in windows)."""
+    distances = {title: [] for title in titles.values()}
     for i in tqdm(range(len(data)), leave=False, dynamic_ncols=True):
-        for seen in observe(model, data[i][0], config):
+        for seen in observe(model, titles, data[i][0], settings):
             rows = ((part @ seen.key.T).softmax(1) for part in seen.query.split(256))
             kinds = ([seen.input.flatten(1).T], rows, [seen.output.flatten(1).T])
-            distances.setdefault(seen.title, []).append([cosine_distance(kind) for kind in kinds])
+            distances[seen.title].append([cosine_distance(kind) for kind in kinds])
     return {title: np.mean(values, axis=0) for title, values in distances.items()}
 
 
@@ -189,58 +193,51 @@ def heat(levels):
 
 
 def picture(image, points, blocks, gap=8):
-    """Pillow's picture of an image uint8 (H, W, 3) and the (title, Seen) in blocks: a row for each block, of the image
-    with the query points and a panel for each of these. If the image is wide, a column for each block instead."""
+    """Pillow's picture of an image uint8 (H, W, 3) and what blocks (each a Seen) did with it: a row for each block, of
+    the image with the query points and a panel for each of these. If the image is wide, a column for each instead."""
     photo, font = Image.fromarray(image.numpy()), ImageFont.load_default(14)
     wide = photo.width > 3 * photo.height
-    tile = 300 if wide else 224  # the longer side of a panel
-    head = 124 if wide else 24  # the height of the text over a block's panels
-    room = 0 if wide else 960  # what the text needs across
-    width, height = (max(round(side * tile / max(photo.size)), 1) for side in photo.size)
+    longer_side, head = (300, 124) if wide else (224, 24)  # of a panel; the height of the text over a block's panels
+    width, height = (max(round(side * longer_side / max(photo.size)), 1) for side in photo.size)
+    right, down = width + gap, height + gap  # from one panel to the next
+    if wide:
+        size = (gap + len(blocks) * right, gap + head + (1 + len(points)) * down)
+    else:
+        size = (max(gap + (1 + len(points)) * right, 960), gap + len(blocks) * (head + down))  # the text needs 960
+    canvas = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(canvas)
     photo = photo.resize((width, height))
     grey = photo.convert("L").convert("RGB")
-    right, down = width + gap, height + gap
-    to_panel = np.array((0, down) if wide else (right, 0))  # from one panel of a block to the next
-    to_block = np.array((right, 0) if wide else (0, head + down))
-    size = len(points) * to_panel + (len(blocks) - 1) * to_block + (right + gap, head + down + gap)
-    canvas = Image.new("RGB", (max(int(size[0]), room), int(size[1])), PAPER)
-    pen = ImageDraw.Draw(canvas)
-
-    def show(panel, corner, numbers):
-        canvas.paste(panel, tuple(corner.tolist()))
-        for i in numbers:
-            x, y = corner + np.multiply(points[i], (width, height))
-            pen.ellipse((x - 8, y - 8, x + 8, y + 8), PAPER, INK, 2)
-            pen.text((x, y), str(i + 1), INK, font, anchor="mm")
-
-    for block, (title, seen) in enumerate(blocks):
-        left, top = (gap + block * to_block).tolist()
+    for number, seen in enumerate(blocks):
+        left, top = (gap + number * right, gap) if wide else (gap, gap + number * (head + down))
         weights, maps = attention(seen, points)
-        panels, brightest = levels(maps)
+        shades, brightest = levels(maps)
         distance = f"distance between the queries' weights: {cosine_distance([weights]):.3f} (0: alike)"
         pen.text((left, top), "0", INK, font)
         canvas.paste(heat(np.arange(256)[None]).resize((100, 14)), (left + 14, top + 2))
         if wide:
-            lines = textwrap.wrap(distance, 44) + textwrap.wrap(title, 44)
+            lines = textwrap.wrap(distance, 44) + textwrap.wrap(seen.title, 44)
             pen.text((left, top + 20), "\n".join(lines), INK, font)
-        pen.text((left + 120, top), brightest if wide else f"{brightest}      {distance}      {title}", INK, font)
-        corner = np.array((left, top + head))
-        show(photo, corner, range(len(points)))
-        for i, panel in enumerate(panels, 1):
-            coloured = heat(panel).resize((width, height), Image.Resampling.NEAREST)
-            show(Image.blend(grey, coloured, 0.75), corner + i * to_panel, [i - 1])
+        pen.text((left + 120, top), brightest if wide else f"{brightest}      {distance}      {seen.title}", INK, font)
+        coloured = [heat(shade).resize((width, height), Image.Resampling.NEAREST) for shade in shades]
+        for i, panel in enumerate([photo, *(Image.blend(grey, layer, 0.75) for layer in coloured)]):
+            corner = (left, top + head + i * down) if wide else (left + i * right, top + head)
+            canvas.paste(panel, corner)
+            for query in range(len(points)) if i == 0 else [i - 1]:
+                x, y = corner + np.multiply(points[query], (width, height))
+                pen.ellipse((x - 8, y - 8, x + 8, y + 8), PAPER, INK, 2)
+                pen.text((x, y), str(query + 1), INK, font, anchor="mm")
     return canvas
 
 
 def explorable(name, image, blocks):
-    """What attention.html shows of an image uint8 (H, W, 3) and the (title, Seen) in blocks: the attention of at most
-    SIDE x SIDE queries to as many places."""
+    """What attention.html shows of an image uint8 (H, W, 3) and what blocks (each a Seen) did with it: the attention of
+    at most SIDE x SIDE queries to as many places."""
     photo, jpeg = Image.fromarray(image.numpy()), io.BytesIO()
-    size = photo.size
     photo.thumbnail((640, 640))
     photo.save(jpeg, "JPEG", quality=85)
     shown = []
-    for title, seen in blocks:
+    for seen in blocks:
         full = seen.input.shape[1:]
         keys = [max(round(side * min(SIDE / max(full), 1)), 1) for side in full]
         rows, columns = (1, 1) if seen.query.shape[1] == 1 else keys  # GC and SNL: one map for all queries
@@ -248,11 +245,12 @@ def explorable(name, image, blocks):
         weights, maps = attention(seen, points)
         coarse, brightest = levels(F.adaptive_avg_pool2d(maps, keys))
         to_mean = (1 - F.cosine_similarity(weights, weights.mean(0, keepdim=True))).clamp(min=0) / 2
-        entry = {"title": title, "queries": [rows, columns], "keys": keys, "brightest": brightest}
+        entry = {"title": seen.title, "queries": [rows, columns], "keys": keys, "brightest": brightest}
         entry["distance"] = f"{cosine_distance([weights]):.3f}"
         entry["to_mean"] = [f"{distance:.3f}" for distance in to_mean.tolist()]
         entry["levels"] = base64.b64encode(coarse.tobytes()).decode()
         shown.append(entry)
+    size = image.shape[1::-1]
     return {"name": name, "size": size, "image": base64.b64encode(jpeg.getvalue()).decode(), "blocks": shown}
 
 
@@ -262,56 +260,41 @@ def explorable(name, image, blocks):
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add(
-        "files", nargs="*", metavar="FILE", help="checkpoints (files, runs, published names); images, folders, patterns"
-    )
+    add("files", nargs="*", metavar="FILE", help="checkpoints, also published names; images, folders, patterns")
     add("--query", type=whole_number, nargs=2, action="append", metavar=("X", "Y"), help="a pixel; may be repeated")
     add("--html", action="store_true", help="write the page as well")
     add("--statistics", action="store_true", help="instead print mean cosine distances over a data set")
     add("--dataset", choices=PRESETS, help="default: the one that the first checkpoint was trained on")
     add("--data-root", help="the data set's folder (default: the one that it was trained on)")
-    add("--split", type=split_name, default="val", help="train, val or test (default: val)")
+    add("--split", default="val", help="train, val or test (default: val)")
     parser.add_device()
     add("--out", default="attention", help="the folder to write to (default: attention)")
+    parser.add_overwrite()
     args = parser.parse_intermixed_args()
-    published = zoo.published()
-    kinds = (".pt", ".pth", ".safetensors")
-    args.checkpoints = [name for name in args.files if name in published or zoo.in_folder(Path(name)).suffix in kinds]
+    args.checkpoints = [name for name in args.files if is_checkpoint(name)]
     args.images = [name for name in args.files if name not in args.checkpoints]
     if args.statistics and args.images:
-        raise InputError(
-            f"{args.images[0]}: --statistics takes checkpoints, and a data set by --dataset, --data-root, --split"
-        )
+        raise InputError(f"{args.images[0]}: --statistics goes over a data set: --dataset, --data-root, --split")
     return args
 
 
-def load_models(sources, device):
-    """[(source, model in eval mode, config)]. Raises InputError for a model without attention."""
-    models = []
-    for source in sources:
-        model, config = load_model(source)
-        for name, module in model.named_modules():
-            if isinstance(module, NonLocalBlock) and module.mode in NO_SOFTMAX:
-                print(f"{source}: {name} is not shown: mode {module.mode}, whose weights are no softmax")
-        if not titles_of(model):
-            raise InputError(f"{source}: has no context block whose attention is a softmax")
-        models.append((source, model.eval().to(device, memory_format=torch.channels_last), config))
-    return models
+def is_checkpoint(name):
+    return name in zoo.published() or zoo.file_in_folder(Path(name)).suffix in (".pt", ".pth", ".safetensors")
 
 
-def images_of(args, config):
+def images_of(args, settings):
     """[(name below OUT, path, function that reads it)] of the images to look at: those given, or a data set's first."""
     if args.images:
-        found = find_images(args.images)
+        found = find_images(args.images, args.out)
         return [(name, path, partial(read_image, path)) for name, path in found.items()]
-    data = data_of(config, args)
+    data = data_of(settings, args)
     return [(f"{args.split}{i}", data.files[i][0], lambda i=i: data[i][0]) for i in range(min(4, len(data)))]
 
 
-def query_points(args, path, image):
-    """The queries in 0..1 of the image's width and height."""
+def query_points(query, path, image):
+    """Pixels of an image, in 0..1 of its width and height. Raises InputError if one is outside."""
     height, width = image.shape[:2]
-    points = [((x + 0.5) / width, (y + 0.5) / height) for x, y in args.query or []] or POINTS
+    points = [((x + 0.5) / width, (y + 0.5) / height) for x, y in query]
     if max(max(point) for point in points) > 1:
         raise InputError(f"--query: {path} is {width}x{height}; x ends at {width - 1} and y at {height - 1}")
     return points
@@ -320,8 +303,8 @@ def query_points(args, path, image):
 def print_statistics(models, args):
     data = data_of(models[0][2], args)
     rows = {}
-    for source, model, config in models:
-        rows |= {f"{title} of {source}": row for title, row in statistics(model, data, config).items()}
+    for model, titles, settings in models:
+        rows |= statistics(model, titles, data, settings)
     rows |= {f"published: {task}": row for task, row in PUBLISHED.items()}
     width = max(map(len, rows))
     print(f"mean cosine distance over all pairs of positions; mean of {len(data)} images (split {args.split})")
@@ -333,29 +316,29 @@ def print_statistics(models, args):
 def write_pictures(models, args):
     images = images_of(args, models[0][2])
     out = Path(args.out)
-    refuse_to_replace([out / f"{name}.png" for name, _, _ in images] + [out / "attention.html"] * args.html)
+    page = out / "attention.html"
+    refuse_output_folder(out, [path for _, path, _ in images])
+    refuse_existing([out / f"{name}.png" for name, _, _ in images] + [page] * args.html, args.overwrite)
     shown = []
     for name, path, read in tqdm(images, leave=False, dynamic_ncols=True):
         image = read()
-        points = query_points(args, path, image)
-        blocks = [  # a model that is evaluated in windows sees the whole image here
-            (f"{seen.title} of {source}", seen)
-            for source, model, config in models
-            for seen in observe(model, image, config | {"stride": None})
-        ]
+        points = query_points(args.query, path, image) if args.query else POINTS
+        blocks = []
+        for model, titles, settings in models:  # also a model that is evaluated in windows sees the whole image here
+            blocks += observe(model, titles, image, replace(settings, stride=None))
         save_png(picture(image, points, blocks), out / f"{name}.png")
         if args.html:
             shown.append(explorable(str(path), image, blocks))
     if args.html:
         values = json.dumps({"ramp": RAMP, "side": SIDE, "images": shown}).replace("<", "\\u003c")
-        page = Path(__file__).with_suffix(".html").read_text()
-        (out / "attention.html").write_text(page.replace("MARK_HERE", MARK).replace("DATA_HERE", values))
+        page.write_text(Path(__file__).with_suffix(".html").read_text().replace("DATA_HERE", values))
     print(f"{out}/: pictures of {len(images)} images" + args.html * ", attention.html (open it in a browser)")
 
 
 def main():
     args = parse_arguments()
-    models = load_models(args.checkpoints or [newest_checkpoint()], start_process(args.device))
+    device = start_process(args.device)
+    models = [load_with_blocks(source, device) for source in args.checkpoints or [newest_checkpoint()]]
     if args.statistics:
         print_statistics(models, args)
     else:

@@ -13,7 +13,7 @@ by the std that config.json holds. Needs safetensors; --onnx also needs onnx, on
 
 import copy
 import hashlib
-import importlib
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -22,12 +22,16 @@ import torch
 from torch import nn
 
 from ann import PyramidPooling
-from data import MEAN, STD
 from support import zoo
-from support.checkpoint import CONFIG, load_model
+from support.checkpoint import load_model
 from support.command import InputError, Parser, run_command
-from support.files import replace
+from support.files import refuse_existing, write_file
+from support.images import MEAN, STD
 from support.run import newest_checkpoint
+
+# The settings in config.json, which build and evaluate the model; not data_root, which is a folder of this machine.
+KEPT = ("model", "depth", "align_corners", "blocks", "cityscapes_ablation", "classes", "palette")
+KEPT += ("dataset", "scale", "crop_size", "stride")
 
 
 class MatrixPooling(nn.Module):
@@ -58,9 +62,7 @@ def to_onnx(model):
     free = {"images": {0: "N", 2: "H", 3: "W"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model, (images,), dynamo=True, dynamic_shapes=free, output_names=["logits"], verbose=False
-        )
+        program = torch.onnx.export(model, (images,), dynamic_shapes=free, output_names=["logits"], verbose=False)
     file = program.model_proto
     for node in file.graph.node:
         node.ClearField("metadata_props")  # among them the paths of this program's files on this disk
@@ -68,7 +70,7 @@ def to_onnx(model):
 
 
 @torch.no_grad()
-def check(content, model):
+def compare_with_torch(content, model):
     """Prints how far onnxruntime's logits of an ONNX file are from the model's. Raises InputError if it is too far."""
     from onnxruntime import InferenceSession
 
@@ -88,37 +90,34 @@ def check(content, model):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", help="file, folder, URL or published name (default: the newest run)")
-    parser.add_argument(
-        "--out", metavar="DIR", help="the folder to write to (default: export, beside a local checkpoint)"
-    )
+    text = "the folder to write to (default: export, beside a local checkpoint)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     parser.add_argument("--onnx", action="store_true", help="write model.onnx as well, and compare it with torch")
+    parser.add_overwrite()
     args = parser.parse_args()
     needed = ["safetensors"] + ["onnx", "onnxscript", "onnxruntime"] * args.onnx
-    try:
-        for name in needed:
-            importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"a package is missing ({error}); pip install {' '.join(needed)}") from None
+    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+        raise InputError(f"{', '.join(missing)}: not installed; pip install {' '.join(needed)}")
+    from safetensors.torch import save
 
     source = args.checkpoint or newest_checkpoint()
-    local = zoo.in_folder(Path(source))
-    out = Path(args.out or (local.parent / "export" if local.is_file() else "export"))
-    for name in ("model.safetensors", "config.json", "model.onnx"):
-        if (out / name).exists():
-            raise InputError(f"{out / name}: is there already; move it, or name another folder with --out")
-    model, config = load_model(source)
+    local = zoo.file_in_folder(Path(source))
+    out = args.out or (local.parent / "export" if local.is_file() else Path("export"))
+    onnx = out / "model.onnx"
+    refuse_existing([out / "model.safetensors", out / "config.json", onnx], args.overwrite)
+    model, settings = load_model(source)
     model.eval()
-    weights = {name: value.clone() for name, value in model.state_dict().items()}  # ANN shares some
-    files = {"model.safetensors": importlib.import_module("safetensors.torch").save(weights)}
-    kept = {name: config[name] for name in CONFIG}
-    kept |= {"mean": MEAN, "std": STD, "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest()}
-    files["config.json"] = json.dumps(kept, indent=1).encode() + b"\n"
+    weights = save({name: value.clone() for name, value in model.state_dict().items()})  # ANN shares some
+    config = {name: getattr(settings, name) for name in KEPT}
+    config |= {"mean": MEAN, "std": STD, "sha256": hashlib.sha256(weights).hexdigest()}
+    files = {"model.safetensors": weights, "config.json": json.dumps(config, indent=1).encode() + b"\n"}
     if args.onnx:
         files["model.onnx"] = to_onnx(model)
-        check(files["model.onnx"], model)
+        compare_with_torch(files["model.onnx"], model)
     out.mkdir(parents=True, exist_ok=True)
+    onnx.unlink(missing_ok=True)  # without --onnx it would stay, and be another model's
     for name, content in files.items():
-        replace(out / name, lambda file, content=content: file.write(content))
+        write_file(out / name, lambda file, content=content: file.write(content))
     print(f"{out}/: {', '.join(files)} ({sum(map(len, files.values())) / 1e6:.0f} MB)")
 
 

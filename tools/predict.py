@@ -16,24 +16,26 @@ from evaluate import predict
 from support.checkpoint import load_model
 from support.command import Parser, run_command
 from support.fast import for_inference
+from support.files import refuse_existing
 from support.images import read_image
 from support.layouts import find_images
-from support.pictures import colour, refuse_to_replace, save_png, with_legend
+from support.pictures import colour, save_png, with_legend
 from support.processes import start_process
 from support.run import newest_checkpoint
 
 
-def save(image, labels, config, out):
-    """Writes the three pictures of an image uint8 (H, W, 3) and labels uint8 (H, W); their paths begin with `out`."""
-    coloured = colour(labels, config["palette"])
+def paths(out, name):
+    """The three files that are written for the image `name`."""
+    return [out / f"{name}_{kind}.png" for kind in ("overlay", "colour", "labels")]
+
+
+def save(image, labels, settings, files):
+    """Writes the three pictures of an image uint8 (H, W, 3) and its labels uint8 (H, W)."""
+    coloured = colour(labels, settings.palette)
     overlay = Image.blend(Image.fromarray(image.numpy()), coloured, 0.5)
-    overlay = with_legend(overlay, np.unique(labels), config["classes"], config["palette"])
-    for path, picture in zip(paths(out), (overlay, coloured, Image.fromarray(labels.numpy())), strict=True):
+    overlay = with_legend(overlay, np.unique(labels), settings.classes, settings.palette)
+    for path, picture in zip(files, (overlay, coloured, Image.fromarray(labels.numpy())), strict=True):
         save_png(picture, path)
-
-
-def paths(out):
-    return [Path(f"{out}_{kind}.png") for kind in ("overlay", "colour", "labels")]
 
 
 def main():
@@ -43,19 +45,21 @@ def main():
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_stride()
     parser.add_device()
-    parser.add_argument("--out", default="predictions", help="the folder to write to (default: predictions)")
+    text = "the folder to write to (default: predictions)"
+    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help=text)
+    parser.add_overwrite()
     args = parser.parse_args()
 
-    images = find_images(args.images)
-    refuse_to_replace(path for name in images for path in paths(Path(args.out, name)))
+    images = find_images(args.images, args.out)
+    refuse_existing([path for name in images for path in paths(args.out, name)], args.overwrite)
     device = start_process(args.device)
-    model, config = load_model(args.checkpoint or newest_checkpoint(), args.stride)
+    model, settings = load_model(args.checkpoint or newest_checkpoint(), args.stride)
     model = for_inference(model, device)
-    with tqdm(images.items(), "predicting", dynamic_ncols=True) as bar:
+    with tqdm(images.items(), "predicting", dynamic_ncols=True) as bar:  # whose line ends before an error is printed
         for name, path in bar:
             image = read_image(path)
-            labels = predict(model, image[None], config, args.aug)[0]
-            save(image, labels, config, Path(args.out, name))
+            labels, _ = predict(model, image, settings, args.aug)
+            save(image, labels, settings, paths(args.out, name))
     print(f"{len(images)} images: {args.out}/*_overlay.png, *_colour.png, *_labels.png")
 
 

@@ -21,14 +21,14 @@ from support import zoo
 from support.checkpoint import load_model
 from support.command import InputError, Parser, explain, run_command, whole_number
 from support.fast import for_inference
-from support.processes import rank_and_world, share, start_process
+from support.processes import from_rank_0, rank_and_world, start_process
 
 MODES = {"plain": "mIoU", "ms+flip": "mIoU_ms_flip"}  # and what zoo.json calls the published figure
 START = '{"published": "'  # of each line of results
 HEAD = "| name | mIoU | measured | difference | ms + flip | measured | difference |\n|---|--:|--:|--:|--:|--:|--:|"
 
 
-def select(patterns, data_root):
+def select_models(patterns, data_root):
     """{name: what zoo.json says} of the models that fit a pattern; without patterns of those whose data is there."""
     models = zoo.published()
     if not patterns:
@@ -41,31 +41,18 @@ def select(patterns, data_root):
     return found
 
 
-def file_of(model):
-    """The name of a published model's file, in which its date and hash stand."""
-    return model["url"].rpartition("/")[2]
-
-
-def fits(result):
-    """Whether a line of a file of results holds all that is read of it."""
-    kinds = {"published": str, "mode": str, "images": int, "mIoU": int | float}
-    return isinstance(result, dict) and all(isinstance(result.get(name), kind) for name, kind in kinds.items())
-
-
 def read_results(out):
     """{(published file, mode): result} of a file of results, which is made if there is none. A line that was cut off
     counts for nothing. Raises InputError if it is some other file."""
     results = {}
-    with open(out, "a+", errors="replace") as file:
+    with open(out, "a+") as file:
         file.seek(0)
         text = file.read()
         for line in text.splitlines():
-            if line[: len(START)] != START[: len(line)]:
+            if line[: len(START)] != START[: len(line)]:  # one that was cut off may be shorter
                 raise InputError(f"{out}: holds something else than results of this command; name another --out")
             with contextlib.suppress(ValueError):
                 result = json.loads(line)
-                if not fits(result):
-                    raise InputError(f"{out}: holds what is no result of this command: {line:.80}; name another --out")
                 results[result["published"], result["mode"]] = result
         if text and not text.endswith("\n"):
             file.write("\n")
@@ -74,19 +61,19 @@ def read_results(out):
 
 def measure(name, data, device, workers, aug):
     """mIoU, mAcc and aAcc of a published model on a data set, in percent."""
-    model, config = load_model(name)
-    check_classes(data, config, name)
+    model, settings = load_model(name)
+    check_classes(data, settings, name)
     loader = evaluation_loader(data, workers)
-    result = evaluate(for_inference(model, device), data, loader, config, aug)
+    result = evaluate(for_inference(model, device), data, loader, settings, aug)
     return {key: 100 * result[key] for key in ("mIoU", "mAcc", "aAcc")}
 
 
-def row(name, model, results):
+def table_row(name, model, results):
     """A model's line of the table. A cell is empty where nothing was published, or measured."""
     cells = [name]
     for mode, key in MODES.items():
         published = model[key]
-        measured = results.get((file_of(model), mode), {}).get("mIoU")
+        measured = results.get((Path(model["url"]).name, mode), {}).get("mIoU")
         difference = None if None in (published, measured) else measured - published
         forms = ((published, ".2f"), (measured, ".2f"), (difference, "+.2f"))
         cells += ["" if value is None else format(value, form) for value, form in forms]
@@ -108,14 +95,14 @@ def main():
     args = parse_arguments()
     device = start_process()
     rank, world = rank_and_world()
-    models = select(args.names, args.data_root)
-    datasets = {name: name.rpartition("_")[2] for name in models}
-    opened = {dataset: open_data(dataset, args.data_root, "val") for dataset in sorted(set(datasets.values()))}
-    results = share(lambda: read_results(args.out))
+    models = select_models(args.names, args.data_root)
+    dataset_of = {name: name.rpartition("_")[2] for name in models}
+    opened = {dataset: open_data(dataset, args.data_root, "val") for dataset in sorted(set(dataset_of.values()))}
+    results = from_rank_0(read_results, args.out)
     failed = set()
     for name, mode in product(models, ["plain"] if args.plain else MODES):
-        data = opened[datasets[name]]
-        key = file_of(models[name]), mode
+        data = opened[dataset_of[name]]
+        key = Path(models[name]["url"]).name, mode
         images = results.get(key, {}).get("images", len(data))
         if images != len(data):
             raise InputError(f"{args.out}: {name} was measured on {images} images, not {len(data)}; name another --out")
@@ -129,13 +116,13 @@ def main():
             print(f"{name}: {explain(error)}", file=sys.stderr)
             failed.add(name)
             continue
-        results[key] = dict(zip(("published", "mode"), key, strict=True)) | {"images": len(data)} | figures
+        results[key] = {"published": key[0], "mode": mode, "images": len(data)} | figures
         if rank == 0:
             with open(args.out, "a") as file:
                 file.write(json.dumps(results[key]) + "\n")
             print(f"{name}, {mode}: mIoU {figures['mIoU']:.2f}", flush=True)
     if rank == 0:
-        print(HEAD, *(row(name, model, results) for name, model in models.items()), sep="\n")
+        print(HEAD, *(table_row(name, model, results) for name, model in models.items()), sep="\n")
     if failed:
         raise InputError(f"{len(failed)} of {len(models)} models could not be evaluated; the same command tries again")
 
