@@ -1,7 +1,7 @@
 """From a data set to the batches of a run. The augmentation, in the recipe's order, and where it is done:
 
-    keep-ratio resize, random crop, flip              TrainData, for each sample, on the CPU
-    photometric distortion, normalisation, padding    distort_and_normalise, for the whole batch, on its device
+    keep-ratio resize, random crop, flip, padding          TrainData, for each sample, on the CPU
+    photometric distortion, normalisation, padding to 0    distort_and_normalise, for the whole batch, on its device
 
 Images are uint8 RGB (H, W, 3), labels uint8 (H, W): the class, or 255 (VOID) where there is none. Sizes are (height,
 width), but a scale is (long side, short side), as the published recipes name it.
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from support.command import InputError
 from support.images import VOID, normalise, resize
-from support.processes import from_rank_0, loading
+from support.processes import from_rank_0, worker_options
 from support.settings import PRESETS
 
 
@@ -62,7 +62,6 @@ class TrainData(Dataset):
             "label": F.pad(label, padding, value=VOID),                         # uint8 (*crop)
             "valid": torch.tensor(window[2:]),                                  # int64 (2,): size without the padding
             "colour": draw_colour(rng),                                         # float32 (5,)
-            "file": str(self.data.files[i][0]),
         }
 
 
@@ -111,7 +110,7 @@ def draw_colour(rng):
 def distort_and_normalise(batch, device):
     """A batch of TrainData's samples, on the device: images float32 (N, 3, H, W), their colours distorted, normalised,
     zero in the padding; and labels int64 (N, H, W)."""
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name != "file"}
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     images = normalise(distort(batch["image"].float(), batch["colour"]))
     (height, width), (h, w) = images.shape[2:], batch["valid"][:, :, None].unbind(1)
     rows, columns = torch.arange(height, device=device) < h, torch.arange(width, device=device) < w
@@ -135,10 +134,10 @@ def distort(images, colour):
 
 def training_loader(data, settings, iteration, rank, world, pin_memory):
     """The batches of one process among `world` from an iteration on: an iterator of stacks of TrainData's samples."""
-    samples = TrainData(data, settings.crop_size, settings.scale, settings.seed, PRESETS[settings.dataset].ratios)
+    samples = TrainData(data, settings.crop_size, settings.scale, settings.seed, settings.ratios)
     start, stop = iteration * settings.accumulate, settings.iters * settings.accumulate
     keys = batch_keys(len(data), settings.batch_size, settings.seed, start, stop, rank, world)
-    return iter(DataLoader(samples, batch_sampler=keys, pin_memory=pin_memory, **loading(settings.workers)))
+    return iter(DataLoader(samples, batch_sampler=keys, pin_memory=pin_memory, **worker_options(settings.workers)))
 
 
 def batch_keys(length, batch_size, seed, start, stop, rank=0, world=1):

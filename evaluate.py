@@ -23,7 +23,7 @@ from support.command import InputError, Parser, run_command, whole_number
 from support.fast import for_inference, slide_labels, to_classes
 from support.images import VOID, resize, window_starts
 from support.pictures import LabelMaps, prepare_results, write_results
-from support.processes import from_rank_0, loading, rank_and_world, start_process, sum_over_processes
+from support.processes import from_rank_0, rank_and_world, start_process, sum_over_processes, worker_options
 from support.run import newest_checkpoint
 from support.settings import AMP, PRESETS
 
@@ -143,8 +143,8 @@ def metrics(matrix):
 def evaluation_loader(data, workers):
     """A loader of this process's share of a data set, whose workers start now."""
     rank, world = rank_and_world()
-    loader = DataLoader(Subset(data, range(rank, len(data), world)), batch_size=None, **loading(workers))
-    iter(loader)
+    loader = DataLoader(Subset(data, range(rank, len(data), world)), batch_size=None, **worker_options(workers))
+    iter(loader)  # now, not in the middle of a training
     return loader
 
 

@@ -2,8 +2,8 @@
 
 Cao, Xu, Lin, Wei, Hu (ICCV Workshops 2019), https://arxiv.org/abs/1904.11492
 
-A non-local block weighs all positions anew for every query. Trained for detection or classification, its weights hardly
-depend on the query (section 3.2). So GCNet computes them once, and adds one context vector to every position:
+A non-local block computes other weights of all positions for every query. Trained for detection or classification, its
+weights hardly depend on the query (section 3.2). So GCNet computes them once, and adds one context vector everywhere:
 
     SNL, eq. 3:  z_i = x_i + W_v  sum_j a_j x_j                         a_j = exp(W_k x_j) / sum_m exp(W_k x_m)
     GC,  eq. 5:  z_i = x_i + W_v2 ReLU(LN(W_v1 sum_j a_j x_j))

@@ -23,7 +23,7 @@ from torch import nn
 
 from data import distort_and_normalise, open_data, training_loader
 from evaluate import evaluate, evaluation_loader, metrics_table, predict
-from support.checkpoint import State, build_model, load_initial, restore
+from support.checkpoint import State, build_model, restore, set_first_weights
 from support.command import collect_signals, run_command
 from support.fast import for_inference
 from support.processes import from_rank_0, rank_and_world, start_process, sum_over_processes
@@ -100,9 +100,9 @@ def main():
     batches = []
     with Run(out, settings, state.iteration) as run:
         run.say(describe(settings, len(train_data), state.iteration, out, device))
-        while True:
-            asked = torch.tensor([len(signals), run.save_is_due()], device=device)
-            stop, save_is_due = (sum_over_processes(asked) > 0).tolist()
+        while True:  # iters + 1 times: first what is due after the steps so far, then one more step
+            requests = torch.tensor([len(signals), run.save_is_due()], device=device)
+            stop, save_is_due = (sum_over_processes(requests) > 0).tolist()
             if validation_is_due(state.iteration, settings.iters) and not stop:
                 result = validate(state, val_data, val_loader, settings, run)
             elif (stop or save_is_due) and batches:
@@ -116,12 +116,11 @@ def main():
             began = time.monotonic()
             lr = poly_lr(state.iteration, settings.iters, settings.lr)
             torch.manual_seed((settings.seed * settings.iters + state.iteration) * world + rank)  # for the dropout
-            loaded = [next(loader) for _ in range(settings.accumulate)]
-            batches = [distort_and_normalise(batch, device) for batch in loaded]
+            batches = [distort_and_normalise(next(loader), device) for _ in range(settings.accumulate)]
             scale = scaler.get_scale()
             loss, aux_loss = training_step(model, optimizer, scaler, batches, lr, class_weight, AMP[settings.amp])
             skipped = scaler.get_scale() < scale  # fp16: a gradient overflowed
-            run.step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began, loaded)
+            run.log_step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began)
             state.iteration += 1
     run.say(metrics_table(result, settings.classes))
     run.say(f"page: {out / 'report.html'}   best checkpoint: {out / 'best.pt'} ({state.best_miou:.2%})")
@@ -136,7 +135,7 @@ def initial_model(settings, device, from_scratch=True):
     torch.manual_seed(settings.seed)
     model = build_model(settings)
     if from_scratch:
-        load_initial(model, settings)
+        set_first_weights(model, settings)
     if rank_and_world()[1] > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last).train()
@@ -151,22 +150,21 @@ def validate(state, data, loader, settings, run):
     """The metrics() of the present weights, which are also logged and shown. Saves the state, as best.pt too if no
     validation was better. Raises InputError, and saves nothing, if the training has diverged."""
     if dist.is_initialized():
-        for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP goes on with those of process 0
+        for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP uses those of rank 0
             dist.broadcast(buffer, 0)
     model = for_inference(copy.deepcopy(state.model), next(state.model.parameters()).device)
     try:
         result = evaluate(model, data, loader, settings, with_loss=True)
     except FloatingPointError as error:
-        raise run.diverged(state.iteration, error) from None
-    best = result["mIoU"] >= state.best_miou
-    state.best_miou = max(result["mIoU"], state.best_miou)
+        raise run.divergence_error(state.iteration, error) from None
     run.save(state)
-    if best:
+    if result["mIoU"] > state.best_miou:
+        state.best_miou = result["mIoU"]
         run.save(state, "best.pt")
     if run.writes:
         shown = range(0, len(data), math.ceil(len(data) / 4))
         rows = [(*data[i], predict(model, data[i][0], settings)[0]) for i in shown]
-        run.show(state.iteration, result, rows)
+        run.log_validation(state.iteration, result, rows)
     return result
 
 
@@ -176,8 +174,8 @@ def save_if_finite(state, images, run):
     with torch.inference_mode():
         finite = state.model.eval()(images).isfinite().all()
     state.model.train()
-    if not finite:
-        raise run.diverged(state.iteration, "the model's scores are not numbers")
+    if sum_over_processes(finite.logical_not().long()):
+        raise run.divergence_error(state.iteration, "the model's scores are not numbers")
     run.save(state)
 
 

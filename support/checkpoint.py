@@ -24,7 +24,7 @@ from support import zoo
 from support.command import InputError
 from support.files import write_file
 from support.processes import from_rank_0
-from support.settings import BLOCKS, MODELS, Settings, set_stride
+from support.settings import BLOCKS, MODELS, Settings, check_stride
 
 
 @dataclass
@@ -55,9 +55,8 @@ def build_model(settings):
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def save(state, settings, path):
-    """Writes a State and the run's Settings as a checkpoint. Raises InputError if it cannot; the file before it stays.
-    """
+def write_checkpoint(state, settings, path):
+    """Writes a State and a run's Settings as a checkpoint. Raises InputError if it cannot; the file before it stays."""
     saved = {name: getattr(state, name).state_dict() for name in ("model", "optimizer", "scaler")}
     saved |= {"config": vars(settings), "iteration": state.iteration, "best_miou": state.best_miou}
     write_file(path, lambda file: torch.save(saved, file))
@@ -66,7 +65,7 @@ def save(state, settings, path):
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read(path):
+def read_file(path):
     """What torch.save or tools/export.py wrote to a file, on the CPU. No code in it is ever run. Raises InputError."""
     try:
         if path.suffix == ".safetensors":
@@ -106,11 +105,11 @@ def read_export(path):
     return {"model": read_tensors(content), "config": config}
 
 
-def load(source):
+def read_checkpoint(source):
     """The checkpoint, as the module says, of a path, a URL, or a published model's name, with its config as a Settings
     under `settings`. A folder stands for the model.safetensors or best.pt in it. Raises InputError."""
     path = zoo.find_file(source)
-    saved = read(path)
+    saved = read_file(path)
     if isinstance(saved, dict) and "state_dict" in saved:
         saved = zoo.convert(saved, path)
     if not (isinstance(saved, dict) and {"model", "config"} <= saved.keys()):
@@ -135,12 +134,13 @@ def load_weights(module, weights, source):
 
 
 def load_model(source, stride=None):
-    """(model, settings) of a checkpoint, on the CPU; source is that of `load`. stride (down, across) has the model
-    evaluated in sliding windows. Raises InputError."""
-    saved = from_rank_0(load, source)
+    """(model, settings) of a checkpoint, on the CPU; source is that of `read_checkpoint`. stride (down, across) has the
+    model evaluated in sliding windows. Raises InputError."""
+    saved = from_rank_0(read_checkpoint, source)
     settings = saved["settings"]
     if stride:
-        set_stride(settings, stride)
+        settings.stride = stride
+        check_stride(settings)
     try:
         model = build_model(settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -160,15 +160,15 @@ def restore(state, saved, source):
 # ------------------------------------------------------------------------------------------- what a new run starts from
 
 
-def load_initial(model, settings):
+def set_first_weights(model, settings):
     """Starts the model of a new run as --init or --pretrained says, in all processes from what process 0 has read.
     Raises InputError if it does not fit."""
 
     def read_weights():
         if settings.init:
-            load_init(model, settings.init, settings.blocks)
+            start_from_checkpoint(model, settings.init, settings.blocks)
         elif settings.pretrained != "none":
-            load_backbone(model, settings.pretrained, settings.depth)
+            start_from_imagenet(model, settings.pretrained, settings.depth)
         return model.state_dict()
 
     model.load_state_dict(from_rank_0(read_weights))
@@ -181,26 +181,26 @@ def weights_of_new_blocks(module, given):
     return {key: value for key, value in own.items() if key.partition(".context_block.")[0] not in known}
 
 
-def load_backbone(model, source, depth):
+def start_from_imagenet(model, source, depth):
     """Starts the model's backbone from ImageNet weights: "imagenet", a path or URL. Raises InputError."""
     if source == "imagenet":
         if depth not in zoo.BACKBONES:
             raise InputError(f"--pretrained imagenet: there are such weights for depth 18, 50 and 101, not {depth}")
         source = zoo.BACKBONES[depth]
     try:
-        saved = read(zoo.find_file(source))
+        saved = read_file(zoo.find_file(source))
     except InputError as error:
         raise InputError(f"{error}; without ImageNet weights: --pretrained none") from None
     weights = {name: value for name, value in saved.get("state_dict", saved).items() if not name.startswith("fc.")}
     load_weights(model.backbone, weights_of_new_blocks(model.backbone, weights) | weights, source)
 
 
-def load_init(model, source, blocks=None):
+def start_from_checkpoint(model, source, blocks=None):
     """Starts the model from a checkpoint, but for classifiers with another number of classes; prints what was loaded.
 
-    source is that of `load`; blocks is the model's setting, (block, place) or None. Raises InputError.
+    source is that of `read_checkpoint`; blocks is the model's setting, (block, place) or None. Raises InputError.
     """
-    saved = load(source)
+    saved = read_checkpoint(source)
     theirs = saved["settings"].blocks
     if blocks and theirs and blocks[0] != theirs[0]:  # other blocks may have weights of the same names
         raise InputError(f"--init {source}: its blocks are {theirs[0]}, not {blocks[0]}")

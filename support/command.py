@@ -32,12 +32,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
 
-    def parse_known_args(self, *arguments, **options):
-        parsed, others = super().parse_known_args(*arguments, **options)
-        for name, value in vars(parsed).items():
-            if value == "" or isinstance(value, list) and "" in value:  # such as "$DATA" where DATA is not set
-                raise InputError(f"{name}: is empty")
-        return parsed, others
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if not word or word.startswith("--") and word.endswith("="):  # such as "$DATA" where DATA is not set
+                raise InputError(f"{' '.join(sys.argv[1:])}: an argument is empty")
+        return super().parse_known_args(args, namespace)
 
     def add_device(self):
         text = "default: cuda if there is one, else cpu; mps and xpu are untried"
@@ -48,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--stride", type=positive, nargs=2, metavar=("H", "W"), help=text)
 
     def add_overwrite(self):
-        self.add_argument("--overwrite", action="store_true", help="replace output files that are there")
+        self.add_argument("--overwrite", action="store_true", help="overwrite existing output files")
 
 
 def whole_number(text):
@@ -114,7 +113,7 @@ def end_with(error):
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
-    start = "\n" if dist.is_initialized() else ""  # another process's progress bar may stand on the line
+    start = "\n" if dist.is_initialized() else ""  # another process's progress bar may be on this line
     line = message.strip().replace("\n", "\\n")  # a file's name may hold one
     with contextlib.suppress(OSError):
         print(f"{start}{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
@@ -127,7 +126,7 @@ def explain(error):
     if isinstance(error, InputError):
         # From a data-loading worker it arrives behind a traceback.
         return message.partition(f"\n{InputError.__module__}.InputError: ")[2] or message
-    if isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", message):
         return (
             "out of memory; to train, lower --batch-size or --crop-size, or try --amp bf16; "
             "to evaluate, leave out --aug, or give --stride"
@@ -135,7 +134,7 @@ def explain(error):
     if isinstance(error, FloatingPointError):
         return f"{message}: the training has diverged, or the checkpoint is damaged"
     if isinstance(error, BrokenPipeError):
-        return "nobody reads the output any more"
+        return "the output was closed"
     if isinstance(error, RuntimeError) and re.search("(timed out|timeout) (waiting|after)", message, re.I):
         return f"waited too long for another process ({message.splitlines()[0]})"
     if "DataLoader worker (pid" in message or isinstance(error, (EOFError, ConnectionError)):

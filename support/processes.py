@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from support.command import InputError
 
-WAIT = timedelta(minutes=20)  # for another process; after that it counts as lost
+WAIT = timedelta(minutes=20)  # for another process; after that it is treated as dead
 
 
 def start_process(device_name=None):
@@ -34,19 +34,19 @@ def start_process(device_name=None):
             raise InputError(f"there are {torch.cuda.device_count()} GPUs for more processes; lower --nproc_per_node")
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        store, rank, world = meet()
+        store, rank, world = join_rendezvous()
         # Tensors on the CPU go through gloo on a machine with GPUs, too.
         backends = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backends, store=store, rank=rank, world_size=world, timeout=WAIT)
     return device
 
 
-def meet():
+def join_rendezvous():
     """(store, rank, number of processes): torch's own rendezvous of the processes that torchrun has started.
 
     One agent (a torchrun on one machine) keeps the store when it restarts its processes, and what the dead ones wrote
-    is still in it; so each restart gets a prefix of its own. Several agents count their restarts each for itself: they
-    make a new store for each restart, but only if told to. Raises InputError if they are not.
+    is still in it; so each restart gets a prefix of its own. Several agents count their restarts independently: they
+    make a new store for each restart, but only if a variable says so. Raises InputError if it does not.
     """
     several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
@@ -73,15 +73,6 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def gather(value):
-    """The list of what each process calls this with."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
-
-
 def from_rank_0(make, *arguments):
     """make(*arguments), called in process 0 alone; all processes receive the result. If it raises InputError or OSError
     there, all raise it."""
@@ -102,19 +93,16 @@ def from_rank_0(make, *arguments):
 # ------------------------------------------------------------------------------------------------ data-loading workers
 
 
-def loading(workers):
-    """DataLoader arguments for this many workers, which live as long as the loader.
-
-    They are forked from a server process, not from this one: a fork of a process with threads may wait for ever for a
-    lock that a thread held. Where there is no such server (Windows), each one is a new process.
-    """
+def worker_options(workers):
+    """DataLoader arguments for this many workers, which live as long as the loader. They are forked from a server
+    process, not from this one: a fork of a process with threads may block forever on a lock that a thread held."""
     if workers == 0:
         return {}
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    method = "spawn" if os.name == "nt" else "forkserver"  # Windows has no fork
     if method == "forkserver":
         start_server()
-    arguments = {"num_workers": workers, "multiprocessing_context": method, "worker_init_fn": follow_parent}
-    return arguments | {"persistent_workers": True}
+    options = {"num_workers": workers, "multiprocessing_context": method, "persistent_workers": True}
+    return options | {"worker_init_fn": follow_parent}
 
 
 def start_server():

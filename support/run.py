@@ -17,17 +17,17 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows has other locks: nothing keeps two processes from one folder there
+except ImportError:  # Windows has other locks, so there is none there
     fcntl = None
 
-from support.checkpoint import load, save
+from support.checkpoint import read_checkpoint, write_checkpoint
 from support.command import InputError
 from support.files import write_file
 from support.pictures import compare, save_png, without_nan
-from support.processes import gather, rank_and_world
+from support.processes import rank_and_world
 from support.report import write_report
 from support.scan import never_labelled
-from support.settings import PRESETS, Settings, defaults, refuse_changes, set_stride
+from support.settings import PRESETS, Settings, check_stride, defaults, refuse_changes
 
 SAVE_SECONDS = 300  # between two savings of last.pt
 
@@ -48,15 +48,16 @@ def open_run(out, given, resume):
         raise InputError(f"{out}: {what}; continue it with --resume, delete it, or name another folder with --out")
     if held and held != last:
         raise InputError(f"{out}: holds no last.pt to continue from; --init {held} starts a new run")
-    saved = load(last) if held else None
-    if saved and "optimizer" not in saved:
-        raise InputError(f"{last}: is no state of a run; --init takes its weights alone")
-    settings = saved.pop("settings") if saved else Settings(**defaults(given))
-    if saved:
-        refuse_changes(given, settings, out)
-    settings = replace(settings, **given)
+    if held:
+        saved = read_checkpoint(last)
+        if "optimizer" not in saved:
+            raise InputError(f"{last}: holds no optimizer state to continue with; --init starts from its weights")
+        refuse_changes(given, saved["settings"], out)
+        settings = replace(saved.pop("settings"), **given)
+    else:
+        saved, settings = None, Settings(**defaults(given) | given)
     if settings.stride:
-        set_stride(settings, settings.stride)
+        check_stride(settings)
     # With another number of processes than before, another number of batches: the images per step stay.
     at_once = settings.batch_size * rank_and_world()[1]
     effective = settings.effective_batch or at_once * settings.accumulate
@@ -133,8 +134,8 @@ class Run:
         self.board = None
         if self.writes:
             (out / "samples").mkdir(exist_ok=True)
-            for partial in out.rglob("*.????????.partial"):  # of write_file, in a process that was killed
-                partial.unlink()
+            for partial in [*out.glob("*.????????.partial"), *out.glob("samples/*.????????.partial")]:
+                partial.unlink()  # of write_file, in a process that was killed
             write_file(out / "config.json", lambda file: file.write(json.dumps(vars(settings), indent=1).encode()))
             kept = [json.dumps(line) + "\n" for line in read_log(out) if line["iteration"] < start]
             write_file(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
@@ -150,6 +151,8 @@ class Run:
 
     def __exit__(self, *error):
         self.bar.close()
+        if self.board:
+            self.board.close()
 
     def say(self, text):
         if self.writes:
@@ -164,13 +167,11 @@ class Run:
             if not isinstance(value, list):
                 self.board.add_scalar(name, value, iteration)
 
-    def step(self, iteration, loss, aux_loss, lr, skipped, seconds, batches):
-        """Shows a step, and logs it if its turn has come. Raises InputError, which names the files of the batches, if
-        its loss is not finite."""
+    def log_step(self, iteration, loss, aux_loss, lr, skipped, seconds):
+        """Shows a step, and logs it if its turn has come. Raises InputError if its loss is not finite."""
         self.lr = lr
         if not math.isfinite(loss + aux_loss):
-            names = ", ".join(sum(gather([file for batch in batches for file in batch["file"]]), []))
-            raise self.diverged(iteration, f"the loss is {loss + aux_loss}; batch: {names}")
+            raise self.divergence_error(iteration, f"the loss is {loss + aux_loss}")
         self.skipped += skipped
         speed = self.settings.effective_batch / seconds
         if iteration % max(self.settings.iters // 1000, 1) == 0:
@@ -181,14 +182,14 @@ class Run:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
-    def diverged(self, iteration, what):
-        """The error that ends a training whose numbers have grown out of bounds."""
+    def divergence_error(self, iteration, what):
+        """The InputError that ends a training that has diverged."""
         last = self.out / "last.pt"
         kept = f"; {last} is from before" if last.exists() else ""
         advice = "start again with a lower --lr"
         return InputError(f"iteration {iteration}: diverged at learning rate {self.lr:.2g}: {what}; {advice}{kept}")
 
-    def show(self, iteration, result, rows):
+    def log_validation(self, iteration, result, rows):
         """Logs evaluate.metrics() of a validation, and shows it: the mIoU on the terminal, a picture of some rows
         (image, label, prediction), and the page of the run so far."""
         means = {name: result[name] for name in ("mIoU", "mAcc", "aAcc")}
@@ -201,7 +202,7 @@ class Run:
         write_report(self.out, vars(self.settings), lines, result["matrix"])
         missing = never_labelled(result["matrix"].sum(1), self.settings.classes)
         if missing and sum("mIoU" in line for line in lines) == 1:  # the first validation
-            self.say(f"warning: of the labels to validate on {missing}; python -m tools.check_data reads all labels")
+            self.say(f"warning: in the validation images {missing}; python -m tools.check_data reads all labels")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), iteration, dataformats="HWC")
 
@@ -211,7 +212,7 @@ class Run:
     def save(self, state, name="last.pt"):
         """Writes last.pt or best.pt. Raises InputError if it cannot; the one before it stays."""
         if self.writes:
-            save(state, self.settings, self.out / name)
+            write_checkpoint(state, self.settings, self.out / name)
         self.last_save = time.monotonic()
 
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from support.command import InputError
 from support.images import VOID
-from support.processes import loading, rank_and_world, sum_over_processes
+from support.processes import rank_and_world, sum_over_processes, worker_options
 
 
 class Scan(Dataset):
@@ -34,12 +34,12 @@ def scan(data, workers):
     rank, world = rank_and_world()
     own = range(rank, len(data), world)
     # `tuple` leaves an item as it is: as tensors, each from a worker would be an open file.
-    loader = DataLoader(Scan(data), sampler=own, batch_size=None, collate_fn=tuple, **loading(workers))
+    loader = DataLoader(Scan(data), sampler=own, batch_size=None, collate_fn=tuple, **worker_options(workers))
     return list(tqdm(loader, f"reading {data.split}", disable=rank > 0, leave=False, dynamic_ncols=True))
 
 
 def never_labelled(pixels, names):
-    """Which classes have no pixels, as the end of a sentence; "" if all have some.
+    """A sentence about the classes that have no pixels; "" if all have some.
 
     pixels  (K,) of each class, or (256,) of each label value
     names   of the K classes
@@ -47,7 +47,7 @@ def never_labelled(pixels, names):
     missing = [name for name, count in zip(names, pixels, strict=False) if not count]
     if not missing:
         return ""
-    text = f"none shows {', '.join(missing[:5])}" + (f" and {len(missing) - 5} others" if missing[5:] else "")
+    text = f"no label shows {', '.join(missing[:5])}" + (f" and {len(missing) - 5} others" if missing[5:] else "")
     if len(missing) == len(names) - 1 and any(pixels[VOID:]):
         text += "; all other pixels are 255, which means void: python -m tools.convert_masks makes them a class"
     return text

@@ -83,7 +83,7 @@ def legend(root, split):
     return Scenes(draw_legend, split, LEGEND, LEGEND_PALETTE)
 
 
-def decided_afar(dataset, image, label):
+def decided_by_far_end(dataset, image, label):
     """Where the other end of a scene of "context" or "legend" decides the class, and nothing nearer: bool (H, W). image
     is uint8 (H, W, 3), label uint8 (H, W)."""
     if dataset == "context":

@@ -89,8 +89,6 @@ def rate(text):
 
 def absolute(text):
     """An absolute path, for argparse."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
     return os.path.realpath(os.path.expanduser(text))
 
 
@@ -126,7 +124,7 @@ class Settings:
     crop_size: list = setting("of the training crops", type=positive, nargs=2, metavar=("H", "W"))
     stride: list = setting("evaluate in crops this far apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
     batch_size: int = setting("images per process; the preset's is made for 4 processes", free=True, type=positive)
-    accumulate: int = setting("batches per step", 1, free=True, type=positive)
+    accumulate: int = setting("batches per step", 1, type=positive)
     iters: int = setting("steps", type=positive)
     lr: float = setting("the first learning rate", type=rate)
     pretrained: str = setting("the backbone's weights: imagenet (but for depth 34), none, a file or a URL")
@@ -140,6 +138,7 @@ class Settings:
     seed: int = setting("of the weights, the order and the augmentation", 0, type=whole_number)
     # Decided by the preset alone.
     scale: list = setting()
+    ratios: list = setting()  # between which the training images' random ratio is drawn
     align_corners: bool = setting(default=False)
     # Not known before the data set is opened and the processes are counted.
     classes: list = setting()
@@ -161,19 +160,19 @@ def defaults(given):
         "lr": preset.lr,
         "pretrained": "imagenet" if has_weights and dataset not in DRAWN else "none",
         "scale": preset.scale and list(preset.scale),
+        "ratios": list(preset.ratios),
         "align_corners": preset.align_corners,
         "stride": preset.stride and [min(pair) for pair in zip(preset.stride, crop_size, strict=True)],
     }
 
 
-def set_stride(settings, stride):
-    """Has a model evaluated in windows this far apart: --stride. Raises InputError if they would not cover an image."""
-    window = settings.crop_size
+def check_stride(settings):
+    """Raises InputError if windows of crop_size that are `stride` apart would not cover an image."""
+    window, stride = settings.crop_size, settings.stride
     if not window:
         raise InputError("--stride: the checkpoint does not say how large its crops were, which are the windows")
     if stride[0] > window[0] or stride[1] > window[1]:
         raise InputError(f"--stride {stride[0]} {stride[1]}: leaves gaps between windows of {window[0]} {window[1]}")
-    settings.stride = stride
 
 
 # --------------------------------------------------------------------------------------------- from the command line
@@ -181,7 +180,7 @@ def set_stride(settings, stride):
 
 def parse(description):
     """(given, out, resume, device) of train.py's command line: a dict of the settings that it gives, the run's folder
-    as a Path, whether the run may be there already, and the device's name or None. Raises InputError for a mistake."""
+    as a Path, whether to continue an existing run, and the device's name or None. Raises InputError for a mistake."""
     first, _ = option_parser(description, {}, add_help=False).parse_known_args()  # to know whose defaults to show
     given = vars(option_parser(description, vars(first)).parse_args())
     out = given.pop("out", None)

@@ -128,16 +128,16 @@ def test_weights_without_the_blocks_leave_them_fresh(tmp_path):
     plain, model = FCN(2, 18), checkpoint.build_model(settings)
     randomise(plain)
     torch.save(plain.backbone.state_dict(), tmp_path / "plain.pth")
-    checkpoint.load_backbone(model, tmp_path / "plain.pth", 18)
+    checkpoint.start_from_imagenet(model, tmp_path / "plain.pth", 18)
     images = torch.randn(1, 3, 32, 32)
     for ours, theirs in zip(model.backbone.eval()(images), plain.backbone(images), strict=True):
         assert ours.equal(theirs)
     torch.save({k: v for k, v in plain.backbone.state_dict().items() if k != "layer2.0.bn2.bias"}, tmp_path / "cut.pth")
     with pytest.raises(InputError, match="cut.pth: does not fit.*layer2.0.bn2.bias"):
-        checkpoint.load_backbone(model, tmp_path / "cut.pth", 18)
+        checkpoint.start_from_imagenet(model, tmp_path / "cut.pth", 18)
     torch.save(model.backbone.state_dict(), tmp_path / "with.pth")
     with pytest.raises(InputError, match="with.pth: does not fit.*context_block"):
-        checkpoint.load_backbone(plain, tmp_path / "with.pth", 18)
+        checkpoint.start_from_imagenet(plain, tmp_path / "with.pth", 18)
 
 
 def test_commands(folder, run_inside, tmp_path):
@@ -146,7 +146,7 @@ def test_commands(folder, run_inside, tmp_path):
     arguments = train_arguments(folder, "run", 1, workers=0, weights=("--init", "plain.pth"))[1:]
     note = "all weights, with the classifiers; without blocks, which it does not have"
     assert note in run_inside(train, *arguments, "--blocks", "gc16", "res3-res5")
-    state = checkpoint.load(tmp_path / "run/last.pt")
+    state = checkpoint.read_checkpoint(tmp_path / "run/last.pt")
     assert state["settings"].blocks == ["gc16", "res3-res5"]
     assert state["model"]["backbone.layer2.0.context_block.channel_add_conv.0.weight"].shape == (8, 128, 1, 1)
     assert state["model"]["backbone.layer4.1.context_block.channel_add_conv.3.weight"].abs().max() > 0
@@ -162,12 +162,12 @@ def test_commands(folder, run_inside, tmp_path):
     ):
         with pytest.raises(InputError, match=f"last.pt: {words}"):
             model = checkpoint.build_model(replace(state["settings"], blocks=blocks))
-            checkpoint.load_init(model, tmp_path / "run/last.pt", blocks)
+            checkpoint.start_from_checkpoint(model, tmp_path / "run/last.pt", blocks)
     settings = state.pop("settings")
     del state["model"]["backbone.layer3.0.context_block.conv_mask.weight"]
     torch.save(state | {"config": vars(settings)}, tmp_path / "torn.pt")
     with pytest.raises(InputError, match="torn.pt: does not fit.*layer3.0.context_block.conv_mask.weight"):
-        checkpoint.load_init(checkpoint.build_model(settings), tmp_path / "torn.pt", settings.blocks)
+        checkpoint.start_from_checkpoint(checkpoint.build_model(settings), tmp_path / "torn.pt", settings.blocks)
     message = run_inside(train, "--resume", "--out", "run", "--blocks", "gc4", "res3-res5", fails=True)
     assert message == "--blocks ['gc4', 'res3-res5']: the run in run has ['gc16', 'res3-res5']"
     for words in (("res4", "nl"), ("nl", "res5"), ("gc", "res4")):

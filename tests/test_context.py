@@ -23,7 +23,7 @@ def test_the_sky_alone_decides_what_an_object_is():
         distance = np.abs(np.flatnonzero((dusk_label != VOID).any(0) & (dusk_label > 2).any(0))[:, None] - changed)
         assert distance.min() > 40
         twin = np.array([0, 2, 1, 4, 3, 6, 5], np.uint8)  # the same form at the other time
-        afar = scenes.decided_afar("context", *map(torch.from_numpy, (dusk, dusk_label)))
+        afar = scenes.decided_by_far_end("context", *map(torch.from_numpy, (dusk, dusk_label)))
         assert afar.numpy().any() and np.array_equal(afar, (dusk_label != day_label) & (dusk == day).all(2))
         valid = dusk_label != VOID
         assert (valid == (day_label != VOID)).all() and (twin[dusk_label[valid]] == day_label[valid]).all()
@@ -42,7 +42,7 @@ def test_the_legend_alone_decides_what_an_object_is():
         entry = repainted.any(0).nonzero()[0]
         assert len(entry) and np.ptp(entry) < 31
         hidden = (label != other_label) & ~repainted  # of the form, and on the other side
-        afar = scenes.decided_afar("legend", *map(torch.from_numpy, (image, label))).numpy()
+        afar = scenes.decided_by_far_end("legend", *map(torch.from_numpy, (image, label))).numpy()
         assert np.array_equal(afar & (label == 1 + 2 * kind + colour), hidden)
         objects = hidden.any(0).nonzero()[0]
         legend = np.arange(label.shape[1])[:: 1 if entry[0] < 4 * scenes.STEP else -1][: 4 * scenes.STEP]
@@ -107,7 +107,7 @@ def test_the_ablation_counts_what_the_far_end_decides(name, forms, monkeypatch):
 
     def guess(model, image, settings):
         image, label = next(scene)
-        return torch.where(torch.isin(label, discs) & scenes.decided_afar(name, image, label), label, 99), None
+        return torch.where(torch.isin(label, discs) & scenes.decided_by_far_end(name, image, label), label, 99), None
 
     settings = Settings(dataset=name, classes=data.classes)
     monkeypatch.setattr(ablation, "load_model", lambda path: (None, settings))

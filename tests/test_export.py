@@ -52,7 +52,7 @@ def test_every_command_takes_the_folder(run, folder, run_inside, capsys):
     photo = folder / "photo.png"
     assert "1 images" in run_inside(predict, photo, "--checkpoint", run / "export")
     assert "1 images" in run_inside(attention, run / "export", run, photo)
-    checkpoint.load_init(load_model(run)[0], run / "export")
+    checkpoint.start_from_checkpoint(load_model(run)[0], run / "export")
     assert f"--init {run}/export: all weights, with the classifiers" in capsys.readouterr().out
     run_inside(export, "run/export", "--out", "again")
     for name in ("model.safetensors", "config.json"):

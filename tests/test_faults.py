@@ -142,7 +142,11 @@ FAULTS = {  # what is done to a copy of the trained folder, the command, words o
     ),
     "out is a file": (lambda own: (own / "file").touch(), "train.py --out file", ["file", "File exists"]),
     "out cannot be made": (None, "train.py --out /proc/run", ["/proc/run"]),
-    "save is a file": (lambda own: (own / "file").touch(), "evaluate.py run/last.pt --save file", ["file", "File exists"]),
+    "save is a file": (
+        lambda own: (own / "file").touch(),
+        "evaluate.py run/last.pt --save file",
+        ["file", "File exists"],
+    ),
     "not finite": (
         lambda own: edit(own / "run/last.pt", **{"decode_head.conv_seg.bias": torch.tensor([0, np.nan, 0])}),
         "evaluate.py run/last.pt",

@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, run_inside, tmp_path, m
     monkeypatch.setattr(train, "segmentation_loss", loss)
     monkeypatch.setattr(train, "validation_is_due", lambda *arguments: False)
     message = run_inside(train, *train_arguments(folder, "run", 20, workers=0)[1:], fails=True)
-    assert "iteration 4: diverged at learning rate 0.0082: the loss is nan" in message and message.count("scene") == 2
+    assert "iteration 4: diverged at learning rate 0.0082: the loss is nan" in message
     log = read_log(tmp_path / "run")
     assert max(line["iteration"] for line in log) == 3 and all("NaN" not in str(line) for line in log)
     assert not (tmp_path / "run/last.pt").exists()

@@ -39,18 +39,18 @@ def test_what_is_said_of_classes_without_labels():
     pixels[:8] = 1
     assert never_labelled(pixels, names) == ""
     pixels[3] = 0
-    assert never_labelled(pixels, names) == "none shows c3"
+    assert never_labelled(pixels, names) == "no label shows c3"
     pixels[:7] = 0
-    assert never_labelled(pixels, names) == "none shows c0, c1, c2, c3, c4 and 2 others"
+    assert never_labelled(pixels, names) == "no label shows c0, c1, c2, c3, c4 and 2 others"
     pixels[255] = 9
     assert "255, which means void: python -m tools.convert_masks" in never_labelled(pixels, names)
 
 
 def test_masks_of_0_and_255_are_explained(binary, run_inside, capsys):
     assert "1 problem to correct" in run_inside(check_data, "--data-root", binary, "--workers", 0, fails=True)
-    assert "train: of the labels none shows roof; all other pixels are 255" in capsys.readouterr().out
+    assert "train: no label shows roof; all other pixels are 255" in capsys.readouterr().out
     said = run_inside(train, *train_arguments(binary, "run", 2, workers=0)[1:])
-    assert said.count("warning: of the labels to validate on none shows roof; python -m tools.check_data") == 1
+    assert said.count("warning: in the validation images no label shows roof; python -m tools.check_data") == 1
 
 
 # ------------------------------------------------------------------------------------------------------- large images

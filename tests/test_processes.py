@@ -11,7 +11,7 @@ from conftest import ROOT, read_log, run_together, start, train_arguments
 
 import train
 from support import processes, run
-from support.checkpoint import State, save
+from support.checkpoint import State, write_checkpoint
 from support.command import InputError
 from support.settings import Settings, defaults
 
@@ -38,7 +38,7 @@ def test_the_images_per_step_stay_with_another_number_of_processes(world, accumu
     settings = Settings(**defaults({}) | {"batch_size": 2, "effective_batch": 8})
     model = torch.nn.Linear(1, 1)
     state = State(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False))
-    save(state, settings, tmp_path / "last.pt")
+    write_checkpoint(state, settings, tmp_path / "last.pt")
     monkeypatch.setattr(run, "rank_and_world", lambda: (0, world))
     if accumulate is None:
         with pytest.raises(InputError, match=f"has 8 images per step, no multiple of these {2 * world}"):
@@ -55,7 +55,6 @@ from support.command import InputError, run_command
 def main():
     processes.start_process()
     rank, world = processes.rank_and_world()
-    assert processes.gather(rank) == [0, 1]
     assert processes.from_rank_0(lambda: rank) == 0
     def mistake():
         raise InputError(f"of {rank}")

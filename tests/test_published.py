@@ -42,7 +42,7 @@ def test_settings_come_from_the_file(legacy, tmp_path):
         path = tmp_path / "renamed.pth"
         file = published(name, **changes)
         torch.save(file, path, _use_new_zipfile_serialization=not legacy)
-        state = checkpoint.load(path)
+        state = checkpoint.read_checkpoint(path)
         settings = state["settings"]
         assert (settings.model, settings.depth) == (name, 18)
         keys = ("dataset", "scale", "crop_size", "stride", "align_corners")
@@ -149,13 +149,13 @@ def test_files_that_are_refused_say_why(tmp_path):
     ):
         torch.save(state, tmp_path / name)
         with pytest.raises(InputError, match=words):
-            checkpoint.load(tmp_path / name)
+            checkpoint.read_checkpoint(tmp_path / name)
     torch.save(good, tmp_path / "cut")
     (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:100_000])
     with pytest.raises(InputError, match="cannot be read as a checkpoint"):
-        checkpoint.load(tmp_path / "cut")
+        checkpoint.read_checkpoint(tmp_path / "cut")
     with pytest.raises(InputError, match="no such file, and no published model"):
-        checkpoint.load("gcnet_r50-d8_512x512_80k_ade")
+        checkpoint.read_checkpoint("gcnet_r50-d8_512x512_80k_ade")
 
 
 def test_imagenet_backbone(tmp_path, monkeypatch):
@@ -170,14 +170,14 @@ def test_imagenet_backbone(tmp_path, monkeypatch):
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     monkeypatch.setattr(zoo, "download", lambda url, path: (asked.append(url), torch.save(file, path)))
     model = FCN(4, 18)
-    checkpoint.load_backbone(model, "imagenet", 18)
+    checkpoint.start_from_imagenet(model, "imagenet", 18)
     assert all((parameter == 0.5).all() for parameter in model.backbone.parameters())
     assert asked == ["https://download.openmmlab.com/pretrain/third_party/resnet18_v1c-b5776b93.pth"]
     with pytest.raises(InputError, match="--pretrained imagenet: there are such weights for depth 18, 50 and 101, not"):
-        checkpoint.load_backbone(model, "imagenet", 34)
+        checkpoint.start_from_imagenet(model, "imagenet", 34)
     torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "torchvision.pth")
     with pytest.raises(InputError, match="torchvision.pth: does not fit"):
-        checkpoint.load_backbone(model, tmp_path / "torchvision.pth", 18)
+        checkpoint.start_from_imagenet(model, tmp_path / "torchvision.pth", 18)
 
 
 def test_without_network_the_way_on_is_named(folder, run_inside, tmp_path, monkeypatch):

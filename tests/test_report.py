@@ -100,7 +100,7 @@ def test_the_page_before_stays_if_the_disk_is_full(out, monkeypatch):
 
 
 def test_a_run_writes_it(folder, run_inside, tmp_path, monkeypatch):
-    monkeypatch.setattr("support.run.save", lambda *_: None)  # 100 MB each time
+    monkeypatch.setattr("support.run.write_checkpoint", lambda *_: None)  # 100 MB each time
     run_inside(train, *train_arguments(folder, "run", iters=1, workers=0)[1:])
     text = re.search("const DATA = (.*);\n", (tmp_path / "run/report.html").read_text())[1]
     values = json.loads(text)

@@ -22,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import open_data
 from evaluate import predict
-from support.checkpoint import load, load_model
+from support.checkpoint import load_model, read_checkpoint
 from support.command import InputError, Parser, positive, run_command
 from support.fast import for_inference
 from support.run import read_log
-from support.scenes import LEGEND_FORMS, decided_afar
+from support.scenes import LEGEND_FORMS, decided_by_far_end
 from support.settings import PRESETS, Settings, defaults
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -54,7 +54,7 @@ def train(out, given):
 
 def refuse_another_run(out, given):
     """Raises InputError if the run in a folder has other settings than those `given` and the data set's defaults."""
-    settings = load(out / "last.pt")["settings"]
+    settings = read_checkpoint(out / "last.pt")["settings"]
     expected = Settings(**defaults(given) | given)
     expected.effective_batch = expected.batch_size  # one process trains
     for each in fields(Settings):
@@ -114,7 +114,7 @@ def right_by_form(out):
     for i in range(len(data)):
         image, label = data[i]
         hit = predict(model, image, settings)[0] == label
-        afar = decided_afar(settings.dataset, image, label)
+        afar = decided_by_far_end(settings.dataset, image, label)
         for kind in label[afar].unique().tolist():
             form = next(form for form in LEGEND_FORMS if form in settings.classes[kind])
             pixels = afar & (label == kind)

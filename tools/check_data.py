@@ -42,7 +42,7 @@ def check_split(data, workers):
         return len(problems) + 1
     missing = never_labelled(pixels, data.classes) if data.split == "train" else ""
     if missing:
-        print(f"{data.split}: of the labels {missing}")
+        print(f"{data.split}: {missing}")
     return len(problems) + bool(missing)
 
 
