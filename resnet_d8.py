@@ -178,7 +178,8 @@ class Segmentor(nn.Module):
     """Backbone, decode head and auxiliary head: what GCNet, NonLocalNet, ANN, SNLNet and FCN have in common.
 
     Takes float32 RGB images (N, 3, H, W), normalised; any H and W from 1 up. Gives float32 logits (N, K, H, W) in eval
-    mode, and in training mode the pair (logits, aux_logits), both (N, K, H, W).
+    mode. In training mode it gives the pair (logits, aux_logits), both (N, K, H/8, W/8), rounded up, which the loss
+    resizes.
 
     num_classes    K
     depth          of the ResNet: 18, 34, 50 or 101
@@ -201,15 +202,10 @@ class Segmentor(nn.Module):
 
     def forward(self, images):                              # (N, 3, H, W)
         c3, c4 = self.backbone(images)[2:]                  # (N, 1024, H/8, W/8), (N, 2048, H/8, W/8)
-        logits = self.resize(self.decode(c3, c4), images)   # (N, K, H, W)
-        if not self.training:
-            return logits
-        return logits, self.resize(self.auxiliary_head(c3), images)
-
-    def resize(self, logits, images):                       # (N, K, H/8, W/8), rounded up
-        logits = logits.to(images.dtype)                    # in full precision under autocast, too
+        logits = self.decode(c3, c4)                        # (N, K, H/8, W/8)
         if self.training:
-            logits = logits.contiguous()                    # channels first, as the loss needs it
+            return logits, self.auxiliary_head(c3)
+        logits = logits.to(images.dtype)                    # in full precision under autocast, too
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
 
 

@@ -18,7 +18,6 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from data import distort_and_normalise, open_data, training_loader
@@ -26,6 +25,7 @@ from evaluate import evaluate, evaluation_loader, metrics_table, predict
 from support.checkpoint import State, build_model, restore, set_first_weights
 from support.command import collect_signals, run_command
 from support.fast import for_inference
+from support.fast_loss import resized_cross_entropy
 from support.processes import from_rank_0, rank_and_world, start_process, sum_over_processes
 from support.run import Run, add_classes, describe, open_run
 from support.scan import class_weights
@@ -38,15 +38,22 @@ def poly_lr(iteration, iters, lr=0.01, min_lr=1e-4, power=0.9):
     return (lr - min_lr) * (1 - iteration / iters) ** power + min_lr
 
 
-def segmentation_loss(logits, labels, weight=None):
-    """Cross-entropy of logits (N, K, H, W) and labels (N, H, W), summed over the valid pixels and divided by ALL of
-    them, void included, as the reference does. weight (K,) scales the classes' terms, not the divisor."""
-    return F.cross_entropy(logits, labels, weight, ignore_index=255, reduction="sum") / labels.numel()
+def segmentation_loss(logits, labels, weight=None, align_corners=False):
+    """Cross-entropy of logits (N, K, h, w), resized to the labels (N, H, W), summed over the valid pixels and divided
+    by ALL of them, void included, as the reference does. weight (K,) scales the classes' terms, not the divisor:
+
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
+        loss = F.cross_entropy(logits, labels, weight, ignore_index=255, reduction="sum")
+        return loss / labels.numel()
+
+    but a few rows at a time, so that the N x K x H x W values of these lines never exist."""
+    return resized_cross_entropy(logits, labels, weight, align_corners) / labels.numel()
 
 
-def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None):
+def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None, align_corners=False):
     """One step of training: the mean gradient of all `batches`, pairs of normalised images (N, 3, H, W) and labels
-    (N, H, W), then SGD at the learning rate lr. In mixed precision if amp is a dtype; weight (K,) is the loss's.
+    (N, H, W), then SGD at the learning rate lr. In mixed precision if amp is a dtype; weight (K,) and align_corners
+    are the loss's.
 
     Returns the loss and the weighted auxiliary loss, means over all processes. If one is not finite, the weights stay
     as they are. So they do if a gradient overflows in float16; scaler.get_scale() then falls.
@@ -58,10 +65,9 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None):
     for number, (images, labels) in enumerate(batches, 1):
         model.require_backward_grad_sync = number == len(batches)  # DDP's no_sync: one exchange of gradients per step
         with torch.autocast(images.device.type, amp, enabled=amp is not None):
-            logits, aux_logits = model(images)
-        loss = segmentation_loss(logits, labels, weight) / len(batches)
-        aux_loss = 0.4 * segmentation_loss(aux_logits, labels, weight) / len(batches)
-        del logits, aux_logits  # K x H x W values each: the backward pass needs as much memory for their gradients
+            logits, aux_logits = model(images)  # (N, K, H/8, W/8)
+        loss = segmentation_loss(logits, labels, weight, align_corners) / len(batches)
+        aux_loss = 0.4 * segmentation_loss(aux_logits, labels, weight, align_corners) / len(batches)
         scaler.scale(loss + aux_loss).backward()
         losses += torch.stack([loss, aux_loss]).detach()
     if dist.is_initialized():
@@ -118,7 +124,9 @@ def main():
             torch.manual_seed((settings.seed * settings.iters + state.iteration) * world + rank)  # for the dropout
             batches = [distort_and_normalise(next(loader), device) for _ in range(settings.accumulate)]
             scale = scaler.get_scale()
-            loss, aux_loss = training_step(model, optimizer, scaler, batches, lr, class_weight, AMP[settings.amp])
+            loss, aux_loss = training_step(
+                *(model, optimizer, scaler, batches, lr, class_weight), AMP[settings.amp], settings.align_corners
+            )
             skipped = scaler.get_scale() < scale  # fp16: a gradient overflowed
             run.log_step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began)
             state.iteration += 1

@@ -6,9 +6,10 @@
     legend   at one end every form stands once, red or cyan at random; three grey objects at the other end have the
              class of the coloured one of their form. So where an object must look depends on the object.
 
-The functions of these names take a root, which they do not need, and a split, as those of layouts.py do.
+These names, at the end of the file, take a root, which is not used, and a split, as the functions of layouts.py do.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ class Scenes(Dataset):
     labelled = True
     tree = submission = None  # of Files, where these say how label maps are saved
 
-    def __init__(self, draw, split, classes, palette):
+    def __init__(self, draw, classes, palette, root, split):
         self.draw, self.split, self.classes, self.palette = draw, split, classes, palette
         self.files = [(Path(f"{split}{i:05}"), None) for i in range(COUNTS.get(split, 0))]  # names only, no files
 
@@ -69,18 +70,6 @@ class Scenes(Dataset):
     def __getitem__(self, i):
         image, label = self.draw(self.split, i)
         return torch.from_numpy(image), torch.from_numpy(label)
-
-
-def shapes(root, split):
-    return Scenes(draw_shapes, split, SHAPES, SHAPES_PALETTE)
-
-
-def context(root, split):
-    return Scenes(draw_context, split, CONTEXT, CONTEXT_PALETTE)
-
-
-def legend(root, split):
-    return Scenes(draw_legend, split, LEGEND, LEGEND_PALETTE)
 
 
 def decided_by_far_end(dataset, image, label):
@@ -178,3 +167,8 @@ def finish(image, label, rng, mirror=False):
     if mirror and rng.random() < 0.5:
         image, label = image[:, ::-1].copy(), label[:, ::-1].copy()
     return image, label
+
+
+shapes = partial(Scenes, draw_shapes, SHAPES, SHAPES_PALETTE)
+context = partial(Scenes, draw_context, CONTEXT, CONTEXT_PALETTE)
+legend = partial(Scenes, draw_legend, LEGEND, LEGEND_PALETTE)

@@ -11,9 +11,11 @@ from torch import nn
 
 from ann import ANN
 from evaluate import multi_scale_flip, predict, slide_inference, whole_inference
+from support import fast_loss
 from support.fast import SampledFirst, fold_batchnorm, for_inference, slide_labels
 from support.images import normalise, resize, sample
 from support.settings import MODELS, Settings
+from train import segmentation_loss
 
 IMAGES = torch.tensor(reference.arrays("inputs")["wide"])  # (1, 3, 97, 161)
 IMAGE = torch.tensor(reference.arrays("inputs")["image"])  # (75, 110, 3)
@@ -105,6 +107,48 @@ def test_windows_by_rows_are_sliding_windows(crop_size, stride):
     assert classes.dtype == torch.uint8 and (classes == logits[0].argmax(0)).float().mean() > 0.999
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     assert slide_labels(model, IMAGE, crop_size, stride)[1] is None
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("band", [1, 2000, 2**30], ids=["single rows", "bands", "at once"])
+@pytest.mark.parametrize("align", [False, True], ids=["plain", "align_corners"])
+def test_the_loss_by_rows_is_the_loss(align, band, monkeypatch):
+    """Values and gradients, with void bands, class weights, odd sizes, and a class that no label shows."""
+    monkeypatch.setitem(fast_loss.BAND, "cpu", band)
+    torch.manual_seed(0)
+    sizes = (((5, 7), (33, 50)), ((13, 13), (97, 97)), ((1, 3), (8, 17)), ((4, 4), (4, 4)), ((9, 8), (5, 3)))
+    for (h, w), size in sizes:
+        labels = torch.randint(0, 4, (2, *size))
+        labels[:, : size[0] // 3] = 255
+        for weight in (None, torch.rand(5, dtype=torch.float64)):
+            logits = torch.randn(2, 5, h, w, dtype=torch.float64, requires_grad=True)
+            resized = F.interpolate(logits, size, mode="bilinear", align_corners=align)
+            plain = F.cross_entropy(resized, labels, weight, ignore_index=255, reduction="sum") / labels.numel()
+            ours = segmentation_loss(logits, labels, weight, align)
+            torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+            expected, found = (torch.autograd.grad(3 * loss, logits)[0] for loss in (plain, ours))
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_loss_of_16_bit_logits_is_computed_in_32():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 5, (2, 33, 50))
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = (30 * torch.randn(2, 5, 5, 7)).to(dtype).requires_grad_()
+        loss = segmentation_loss(logits, labels)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(segmentation_loss(logits.detach().float(), labels).item(), rel=1e-6)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.dtype == dtype and gradient.abs().max() > 0
+
+
+def test_labels_that_are_all_void_have_no_loss():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((1, 32, 32), 255))
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------- resizing of images

@@ -5,8 +5,8 @@
     python -m tools.ablation --model fcn gcnet --seeds 1  # finished runs are not run again, stopped ones are continued
 
 mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds are those of one image in eval mode;
-images/s are what the training took in. The second table is the mean mIoU on the way there. The third is the share of
-pixels that are classified right, for each seed, in those objects whose class the other end of a scene decides.
+images/s are what the training took in. The second table is the share of pixels that are classified right, for each
+seed, in those objects whose class the other end of a scene decides.
 """
 
 import signal
@@ -85,18 +85,8 @@ def results_table(runs, iters):
     return rows
 
 
-def course_table(runs):
-    """Rows of cells alike: the mean mIoU of each model's runs at every other validation, and at the last."""
-    steps = sorted(validations(next(iter(runs.values()))[0]))[::-2][::-1]
-    rows = [["mIoU after", *map(str, steps)]]
-    for model, folders in runs.items():
-        means = [statistics.mean(validations(out)[step] for out in folders) for step in steps]
-        rows.append([model, *(f"{mean:.1f}" for mean in means)])
-    return rows
-
-
 def forms_table(runs):
-    """Rows of cells alike: right_by_form of each model's runs, in percent."""
+    """Rows of cells: right_by_form of each model's runs, in percent."""
     rows = []
     for model, folders in runs.items():
         shares = [right_by_form(out) for out in folders]
@@ -146,7 +136,7 @@ def main():
         for model, folders in runs.items():
             given = {"dataset": args.dataset, "model": model, "seed": seed, "iters": iters, "amp": args.amp}
             train(folders[seed], given)
-    tables = (results_table(runs, iters), course_table(runs), forms_table(runs))
+    tables = (results_table(runs, iters), forms_table(runs))
     print(*map(markdown, tables), sep="\n\n")
 
 

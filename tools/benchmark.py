@@ -118,7 +118,7 @@ def train(args):
 
     def step():
         batches = [distort_and_normalise(batch, DEVICE)]
-        training_step(model, optimizer, scaler, batches, 0.01, amp=AMP[args.amp])
+        training_step(model, optimizer, scaler, batches, 0.01, None, AMP[args.amp], args.align_corners)
 
     return timed(step, args)
 
