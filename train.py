@@ -22,7 +22,7 @@ from torch import nn
 
 from data import distort_and_normalise, open_data, training_loader
 from evaluate import evaluate, evaluation_loader, metrics_table, predict
-from support.checkpoint import State, build_model, restore, set_first_weights
+from support.checkpoint import State, build_model, restore, set_first_weights, write_checkpoint
 from support.command import collect_signals, run_command
 from support.fast import for_inference
 from support.fast_loss import resized_cross_entropy
@@ -97,6 +97,8 @@ def main():
     if saved:
         restore(state, saved, out / "last.pt")
         del saved  # as large as the state
+    elif rank == 0:
+        write_checkpoint(state, settings, out / "last.pt")  # from here on there is a run to continue
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     model = torch.compile(model) if settings.compile else model
 

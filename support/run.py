@@ -30,6 +30,7 @@ from support.scan import never_labelled
 from support.settings import PRESETS, Settings, check_stride, defaults, refuse_changes
 
 SAVE_SECONDS = 300  # between two savings of last.pt
+FILES = ("last.pt", "best.pt", "config.json", "log.jsonl", "samples", "report.html")
 
 
 # ------------------------------------------------------------------------------------------------------- how it begins
@@ -42,12 +43,14 @@ def open_run(out, given, resume):
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     last = out / "last.pt"
-    held = next((path for path in (last, out / "best.pt") if path.exists()), None)
+    held = [name for name in FILES if (out / name).exists()]
     if held and not resume:
-        what = f"already holds a run ({held.name})"
+        what = f"already holds a run ({held[0]})"
         raise InputError(f"{out}: {what}; continue it with --resume, delete it, or name another folder with --out")
-    if held and held != last:
-        raise InputError(f"{out}: holds no last.pt to continue from; --init {held} starts a new run")
+    if not last.exists() and (held or resume and not given):
+        what = f"holds {held[0]}, but no last.pt" if held else "holds no run"
+        weights = f", from its weights with --init {out}/best.pt" * ("best.pt" in held)
+        raise InputError(f"{out}: {what} to continue from; start a run by its settings in a new folder{weights}")
     if held:
         saved = read_checkpoint(last)
         if "optimizer" not in saved:
@@ -134,8 +137,9 @@ class Run:
         self.board = None
         if self.writes:
             (out / "samples").mkdir(exist_ok=True)
-            for partial in [*out.glob("*.????????.partial"), *out.glob("samples/*.????????.partial")]:
-                partial.unlink()  # of write_file, in a process that was killed
+            for name in (*FILES, "samples/*.png"):
+                for partial in out.glob(f"{name}.*.partial"):  # of write_file, in a process that was killed
+                    partial.unlink()
             write_file(out / "config.json", lambda file: file.write(json.dumps(vars(settings), indent=1).encode()))
             kept = [json.dumps(line) + "\n" for line in read_log(out) if line["iteration"] < start]
             write_file(out / "log.jsonl", lambda file: file.write("".join(kept).encode()))

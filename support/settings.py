@@ -226,5 +226,5 @@ def refuse_changes(given, settings, out):
     for each in fields(Settings):
         had = getattr(settings, each.name)
         if not each.metadata["free"] and given.get(each.name, had) != had:
-            advice = f"; --init {out}/last.pt starts a longer run from its weights" if each.name == "iters" else ""
-            raise InputError(f"{flag(each)} {given[each.name]}: the run in {out} has {had}{advice}")
+            advice = f"; --init {out}/last.pt --out NEW starts another run from its weights" * (each.name == "iters")
+            raise InputError(f"{flag(each)} {given[each.name]}: the run in {out} has {had or 'none'}{advice}")

@@ -30,8 +30,8 @@ def contents(folder):
 # ------------------------------------------------------------------------------------------------- the run's folder
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-def test_a_folder_with_a_run_is_refused(name, folder, tmp_path, run_inside):
+@pytest.mark.parametrize("name", run.FILES)
+def test_a_folder_with_a_file_of_a_run_is_refused(name, folder, tmp_path, run_inside):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("a state")
     before = contents(tmp_path)
@@ -40,24 +40,36 @@ def test_a_folder_with_a_run_is_refused(name, folder, tmp_path, run_inside):
     assert contents(tmp_path) == {**before, tmp_path / "run/.lock": b""}
 
 
-def test_what_died_before_its_first_state_is_replaced(folder, tmp_path, run_inside):
-    (tmp_path / "run/samples").mkdir(parents=True)
-    (tmp_path / "run/config.json").write_text("{")
-    (tmp_path / "run/log.jsonl").write_text('{"iteration": 0, "loss": 2}\n')
-    run_inside(train, *train_arguments(folder, "run", 2, workers=0)[1:])
-    assert [line["iteration"] for line in read_log(tmp_path / "run")] == [0, 1, 1, 2]
+def test_a_run_can_be_continued_from_its_beginning(folder, tmp_path, run_inside, monkeypatch):
+    """last.pt is the first file of a run, so that --resume needs no other settings, whenever it was stopped."""
+
+    def stop(*arguments):
+        raise SystemExit
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(train, "training_step", stop)
+        run_inside(train, *train_arguments(folder, "run", 2, workers=0)[1:])
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] == 0
+    assert "gcnet R-18 on folder, 6 images, from iteration 0 to 2" in run_inside(train, "--resume", "--out", "run")
+
+
+def test_nothing_to_resume(tmp_path, run_inside):
+    message = run_inside(train, "--resume", "--out", "typo", fails=True)
+    assert message == "typo: holds no run to continue from; start a run by its settings in a new folder"
 
 
 def test_a_run_that_lost_its_state_does_not_start_again(folder, tmp_path, run_inside):
-    run_inside(train, *train_arguments(folder, "run", 2, workers=0)[1:])
-    (tmp_path / "run/last.pt").unlink()
-    before = contents(tmp_path)
-    message = run_inside(train, "--resume", "--out", "run", fails=True)
-    assert "run: holds no last.pt to continue from" in message and "--init run/best.pt" in message
-    assert contents(tmp_path) == before
-    (tmp_path / "run/best.pt").unlink()  # stopped before its first validation: nothing to lose
-    arguments = [*train_arguments(folder, "run", 2, workers=0)[1:], "--resume"]
-    assert "from iteration 0 to 2" in run_inside(train, *arguments)
+    arguments = train_arguments(folder, "run", 2, workers=0)[1:]
+    run_inside(train, *arguments)
+    for name, advice in (("last.pt", ", from its weights with --init run/best.pt"), ("best.pt", "")):
+        (tmp_path / "run" / name).unlink()
+        before = contents(tmp_path)
+        for words in (["--resume", "--out", "run"], [*arguments, "--resume"]):
+            message = run_inside(train, *words, fails=True)
+            assert ", but no last.pt to continue from; start a run" in message and message.endswith(
+                f"new folder{advice}"
+            )
+        assert contents(tmp_path) == before
 
 
 def test_one_process_at_a_time_writes_to_a_run(tmp_path):
@@ -162,7 +174,7 @@ def test_a_state_that_is_saved_between_validations_can_be_evaluated(folder, tmp_
     monkeypatch.setattr(train, "training_step", spoil)
     message = run_inside(train, *train_arguments(folder, "run", 80, workers=0)[1:], fails=True)
     assert message.startswith("iteration 1: diverged at learning rate 0.01: the model's scores are not numbers")
-    assert not (tmp_path / "run/last.pt").exists()
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] == 0
 
 
 @pytest.mark.slow

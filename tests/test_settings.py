@@ -83,7 +83,7 @@ def test_a_resumed_run_keeps_its_settings(parse):
 def test_a_longer_run_starts_from_the_weights(parse):
     config, out = parse("--iters", "7")
     begin(out, config)
-    with pytest.raises(InputError, match=rf"--iters 9: the run in {out} has 7; --init {out}/last.pt starts a longer"):
+    with pytest.raises(InputError, match=rf"--iters 9: the run in {out} has 7; --init {out}/last.pt --out NEW starts"):
         parse("--resume", "--iters", "9")
 
 
