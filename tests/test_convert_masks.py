@@ -166,5 +166,9 @@ def test_nothing_is_replaced_without_overwrite(tmp_path, convert, run_inside):
     refused = run_inside(convert_masks, "masks", "--propose", "table.txt", fails=True)
     assert refused == "table.txt: is there already; --overwrite replaces it"
     assert (tmp_path / "table.txt").read_text() == table
+    (tmp_path / "out/classes.txt").write_text(table)
+    words = ("masks", "--table", "out/classes.txt", "--out", "out", "--overwrite")
+    assert "would replace the table; name another --out" in run_inside(convert_masks, *words, fails=True)
+    assert (tmp_path / "out/classes.txt").read_text() == table
     (tmp_path / "masks/sub/a.png").rename(tmp_path / "masks/sub/a.txt")
     assert convert(table, out="new", fails=True) == "masks: there are no images there"

@@ -133,6 +133,8 @@ def convert(args, masks):
     table, names = read_table(args.table)
     in_data_set = args.out.name == "annotations"  # whose classes.txt stands beside it
     listed = (args.out.parent if in_data_set else args.out) / "classes.txt"
+    if listed.resolve() == args.table.resolve():
+        raise InputError(f"{listed}: the list of the classes would replace the table; name another --out")
     refuse_existing([listed, *(args.out / f"{name}.png" for name in masks)], args.overwrite)
     table = add_unnamed_values(table, args.table, masks.values(), args.nearest)
     for name, path in tqdm(masks.items(), "converting", leave=False, dynamic_ncols=True):
