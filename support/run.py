@@ -53,8 +53,8 @@ def open_run(out, given, resume):
         raise InputError(f"{out}: {what} to continue from; start a run by its settings in a new folder{weights}")
     if held:
         saved = read_checkpoint(last)
-        if "optimizer" not in saved:
-            raise InputError(f"{last}: holds no optimizer state to continue with; --init starts from its weights")
+        if "optimizer" not in saved or not saved["settings"].ratios:  # weights alone, or of an earlier version
+            raise InputError(f"{last}: holds no state that can be continued; --init starts from its weights")
         refuse_changes(given, saved["settings"], out)
         settings = replace(saved.pop("settings"), **given)
     else:

@@ -236,7 +236,7 @@ def test_a_checkpoint_of_the_weights_alone_is_no_run(folder, tmp_path, run_insid
     (tmp_path / "run").mkdir()
     save_model(tmp_path / "run/last.pt", "gcnet")
     message = run_inside(train, "--resume", "--out", "run", "--data-root", folder, fails=True)
-    assert message == "run/last.pt: holds no optimizer state to continue with; --init starts from its weights"
+    assert message == "run/last.pt: holds no state that can be continued; --init starts from its weights"
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
