@@ -88,6 +88,8 @@ def prepare(model, image, scale):
 
 def resize_logits(logits, size, align_corners):
     """Logits (N, K, h, w) to (N, K, *size), bilinearly."""
+    if logits.shape[2:] == size:
+        return logits
     return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
 
 
