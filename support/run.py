@@ -45,8 +45,8 @@ def open_run(out, given, resume):
     last = out / "last.pt"
     held = [name for name in FILES if (out / name).exists()]
     if held and not resume:
-        what = f"already holds a run ({held[0]})"
-        raise InputError(f"{out}: {what}; continue it with --resume, delete it, or name another folder with --out")
+        ways = "continue it with --resume, " * last.exists() + "delete it, or name another folder with --out"
+        raise InputError(f"{out}: already holds a run ({held[0]}); {ways}")
     if not last.exists() and (held or resume and not given):
         what = f"holds {held[0]}, but no last.pt" if held else "holds no run"
         weights = f", from its weights with --init {out}/best.pt" * ("best.pt" in held)
