@@ -9,7 +9,7 @@ samples, the averages of pyramid pooling to 1x1, 3x3, 6x6 and 8x8 cells, so that
     phi = W_phi(X), theta = W_theta(X)              query, key: 1x1 convolution, BatchNorm, ReLU
     gamma = W_gamma(X)                              value: 1x1 convolution
     theta_P = P(theta), gamma_P = P(gamma)          PyramidPooling, of key and value
-    V_P = phi^T theta_P                             logits, scaled by 1/sqrt(256) in the published models
+    V_P = phi^T theta_P                             logits, scaled by 1/sqrt(C') in the published models
     softmax(V_P)                                    attention
     O_P = softmax(V_P) gamma_P^T                    context
     W_o                                             out_project
@@ -17,6 +17,9 @@ samples, the averages of pyramid pooling to 1x1, 3x3, 6x6 and 8x8 cells, so that
 
     APNB, section 3.2   lets features attend to themselves; the published models share its query's and key's projection
     AFNB, section 3.3   fuses the last two stages: queries from c4, keys and values from c3 (the paper's Stage5, Stage4)
+
+Some names are those of the published checkpoints: stages, bottleneck, fusion. Evaluation replaces AFNB and APNB by a
+faster form of the same, SampledFirst in support/fast.py: whoever changes them here changes it there, too.
 """
 
 import torch
@@ -30,15 +33,16 @@ class PyramidPooling(nn.Module):
     """(N, C, H, W) to (N, C, S): the averages over grids of 1x1, 3x3, 6x6 and 8x8 cells, S = 110."""
 
     def forward(self, x):
-        x = x.contiguous()  # channels first: with channels last torch's pooling is 20 times as slow on a GPU
+        x = x.contiguous()  # channels first: torch's pooling of channels last is slow on a GPU
         return torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in (1, 3, 6, 8)], dim=2)
 
 
 class AsymmetricNonLocalBlock(nn.Module):
     """What the positions of `x` gather from 110 samples of `y`: (N, C_x, H, W) and (N, C_y, H, W) to (N, C_x, H, W).
-    Starts as zero.
+    Its output starts at zero.
 
-    shared  one projection serves as query and key
+    channels  C', of queries, keys and values: 256, or 64 for depth 18 and 34
+    shared    whether query and key have one projection
     """
 
     def __init__(self, x_channels, y_channels, channels, shared):
@@ -52,14 +56,14 @@ class AsymmetricNonLocalBlock(nn.Module):
         nn.init.zeros_(self.out_project.bias)
 
     def attention(self, x, y):                                  # (N, C_x, H, W), (N, C_y, H, W)
-        query = self.query_project(x).flatten(2)                # (N, 256, HW)
-        key = self.pool(self.key_project(y))                    # (N, 256, S)
+        query = self.query_project(x).flatten(2)                # (N, C', HW)
+        key = self.pool(self.key_project(y))                    # (N, C', S)
         logits = query.transpose(1, 2) @ key                    # (N, HW, S)
         return (logits * key.shape[1] ** -0.5).softmax(dim=2)   # (N, HW, S)
 
     def forward(self, x, y):                                    # (N, C_x, H, W), (N, C_y, H, W)
-        value = self.pool(self.value_project(y))                # (N, 256, S)
-        context = self.attention(x, y) @ value.transpose(1, 2)  # (N, HW, 256)
+        value = self.pool(self.value_project(y))                # (N, C', S)
+        context = self.attention(x, y) @ value.transpose(1, 2)  # (N, HW, C')
         context_map = context.transpose(1, 2).unflatten(2, x.shape[2:])
         return self.out_project(context_map)                    # (N, C_x, H, W)
 
@@ -108,9 +112,4 @@ class ANNHead(Head):
 class ANN(Segmentor):
     """ANN for segmentation; the arguments, input and output are Segmentor's."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, **options):
-        super().__init__(num_classes, depth, align_corners, **options)
-        self.decode_head = ANNHead(*self.backbone.channels[2:], self.channels, num_classes)
-
-    def decode(self, c3, c4):
-        return self.decode_head(c3, c4)
+    head = ANNHead

@@ -3,8 +3,7 @@
     keep-ratio resize, random crop, flip, padding          TrainData, for each sample, on the CPU
     photometric distortion, normalisation, padding to 0    distort_and_normalise, for the whole batch, on its device
 
-Images are uint8 RGB (H, W, 3), labels uint8 (H, W): the class, or 255 (VOID) where there is none. Sizes are (height,
-width), but a scale is (long side, short side), as the published recipes name it.
+Images are uint8 RGB (H, W, 3), labels uint8 (H, W): the class, or 255 (VOID). A scale is (long side, short side).
 """
 
 import numpy as np
@@ -21,7 +20,7 @@ from support.settings import PRESETS
 def open_data(name, root, split, cache=None):
     """One split of the data set of the preset `name`, an images.Files or scenes.Scenes: item i is (image, label).
 
-    root is its folder, or None for the usual one; cache a folder for decoded images, or None. Process 0 looks for the
+    root is its folder, or None for the usual one; cache a folder for decoded images, or None. Rank 0 looks for the
     files, for all. Raises InputError if files are missing, or the split has no images.
     """
     data = from_rank_0(PRESETS[name].data, root, split)
@@ -34,12 +33,12 @@ def open_data(name, root, split, cache=None):
 class TrainData(Dataset):
     """Random crops of a data set, ready to be stacked.
 
-    Item (position, i) is image i as the sample at a position in the run. All its randomness comes from (seed,
+    Item (position, i) is a sample of image i, number `position` of the run. All its randomness comes from (seed,
     position), so that it does not depend on which worker makes it, nor on what was made before.
 
     crop    (height, width)
     scale   (long, short): the size that the random ratio multiplies; None: each image's own
-    ratios  between which the random ratio is drawn
+    ratios  the range of the random ratio
     """
 
     def __init__(self, data, crop, scale, seed, ratios):
@@ -66,7 +65,7 @@ class TrainData(Dataset):
 
 
 def keep_ratio(size, scale):
-    """The (height, width) of an image enlarged or shrunk as far as a scale (long side, short side) admits."""
+    """The (height, width) of an image scaled to the largest size that fits into a scale (long side, short side)."""
     factor = min(max(scale) / max(size), min(scale) / min(size))
     return tuple(max(int(side * factor + 0.5), 1) for side in size)
 
@@ -75,7 +74,7 @@ def random_crop(label, size, crop, rng):
     """A window (top, left, height, width) of the image resized to `size`, no larger than `crop`; and the label there,
     resized to the nearest pixel. While fewer than two classes, or one class with 75% or more, fill the label's valid
     pixels, the window is drawn again, up to 10 times."""
-    rows, columns = nearest(label.shape[0], size[0]), nearest(label.shape[1], size[1])
+    rows, columns = nearest_pixels(label.shape[0], size[0]), nearest_pixels(label.shape[1], size[1])
     for _ in range(11):
         top = int(rng.integers(max(size[0] - crop[0], 0) + 1))
         left = int(rng.integers(max(size[1] - crop[1], 0) + 1))
@@ -86,7 +85,7 @@ def random_crop(label, size, crop, rng):
     return (top, left, *part.shape), torch.from_numpy(part)
 
 
-def nearest(old, new):
+def nearest_pixels(old, new):
     """int64 (new,): the pixel out of `old` nearest to each of `new`, on the grid of the image's resizing."""
     return ((np.arange(new) + 0.5) * (old / new)).astype(int).clip(max=old - 1)
 

@@ -4,12 +4,9 @@
     python evaluate.py runs/gcnet-r50-ade20k/best.pt      # or any checkpoint; it holds its own settings
     python evaluate.py --aug                              # multi-scale + flip: the mean of 12 views
     torchrun --nproc_per_node=4 evaluate.py               # shared among processes, the same result
-
-The modes, the resizing and the metrics are those of the published tables.
 """
 
 import math
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -17,20 +14,17 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import keep_ratio, normalise, open_data
+from data import keep_ratio, open_data
 from support.checkpoint import load_model
-from support.command import InputError, Parser, run_command, whole_number
-from support.fast import for_inference, slide_labels, to_classes
-from support.images import VOID, resize, window_starts
+from support.command import BAR, InputError, Parser, run_command, whole_number
+from support.fast import classes_and_loss, for_inference, resized_classes, slide_labels
+from support.images import VOID, normalise, resize, window_starts
 from support.pictures import LabelMaps, prepare_results, write_results
 from support.processes import from_rank_0, rank_and_world, start_process, sum_over_processes, worker_options
-from support.run import newest_checkpoint
 from support.settings import AMP, PRESETS
+from support.zoo import newest_checkpoint
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the views of multi-scale + flip
-
-
-# --------------------------------------------------------------------------------------------------- inference modes
 
 
 def whole_inference(model, images):
@@ -42,7 +36,8 @@ def slide_inference(model, images, crop_size, stride):
     """Logits (N, K, H, W) of normalised images (N, 3, H, W): the mean over the windows that cover a pixel.
 
     Windows of crop_size lie on the grid of stride, both (height, width); the last ones are shifted back inside. An
-    image smaller than the window is one window.
+    image smaller than the window is one window. Where no resizing follows, `predict` takes fast.slide_labels, which
+    gives the same classes in less memory.
     """
     (height, width), (h, w) = images.shape[2:], crop_size
     total = images.new_zeros(len(images), model.num_classes, height, width)
@@ -96,21 +91,18 @@ def resize_logits(logits, size, align_corners):
 @torch.inference_mode()
 def predict(model, image, settings, aug=False, label=None):
     """What the model makes of one uint8 RGB image (H, W, 3), resized and inferred as a checkpoint's settings say: the
-    class of each pixel, uint8 (H, W) on the CPU, and the summed loss of `label`, None without one.
+    class of each pixel, uint8 (H, W) on the CPU, and the summed loss of `label`; None without one, or with aug.
 
     Raises FloatingPointError if the model's scores are not numbers.
     """
     size = image.shape[:2]
     scale, crop_size, stride = settings.scale or size, settings.crop_size, settings.stride
     if aug:
-        return to_classes(multi_scale_flip(model, image, scale, RATIOS, crop_size, stride), label)
+        return classes_and_loss(multi_scale_flip(model, image, scale, RATIOS, crop_size, stride))
     if stride and keep_ratio(size, scale) == size:
         return slide_labels(model, image, crop_size, stride, label)
     logits = inference(model, prepare(model, image, scale), crop_size, stride)      # (1, K, h, w)
-    return to_classes(resize_logits(logits, size, model.align_corners)[0], label)
-
-
-# ----------------------------------------------------------------------------------------------------------- metrics
+    return resized_classes(logits, size, model.align_corners, label)
 
 
 def confusion_matrix(prediction, label, num_classes):
@@ -122,10 +114,9 @@ def confusion_matrix(prediction, label, num_classes):
 
 def metrics(matrix):
     """Of a confusion matrix: IoU, Acc (recall), Precision and Fscore of each class (K,), their means over the classes
-    mIoU, mAcc, mPrecision and mFscore, the accuracy of all pixels aAcc, all in 0..1; and the matrix itself.
+    mIoU, mAcc, mPrecision and mFscore, the accuracy of all pixels aAcc, all in 0..1; and `matrix` itself.
 
-    A class neither labelled nor predicted has IoU and F-score NaN, one never labelled accuracy NaN, one never predicted
-    precision NaN; the means leave NaN out.
+    What a class has none of is NaN, such as the accuracy of one never labelled; the means leave NaN out.
     """
     counts = matrix.double()
     correct, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
@@ -139,29 +130,25 @@ def metrics(matrix):
     return of_classes | means | {"aAcc": (correct.sum() / counts.sum()).item(), "matrix": matrix}
 
 
-# -------------------------------------------------------------------------------------------------------- a data set
-
-
 def evaluation_loader(data, workers):
     """A loader of this process's share of a data set, whose workers start now."""
     rank, world = rank_and_world()
     loader = DataLoader(Subset(data, range(rank, len(data), world)), batch_size=None, **worker_options(workers))
-    iter(loader)  # now, not in the middle of a training
+    iter(loader)  # starts the workers, which persist: now, not in the middle of a training
     return loader
 
 
 def evaluate(model, data, loader, settings, aug=False, save=None, with_loss=False):
     """metrics() of a model in eval mode over a data set; with_loss adds `loss`, the segmentation_loss without weights.
 
-    If several processes call it, each evaluates the share in its evaluation_loader; the result is that of all. save(i,
-    prediction) is called with each label map; with it a split may be without labels, and the metrics are NaN. Raises
-    InputError for what cannot be read, and without save if there are no labels.
+    Several processes each evaluate the share in their evaluation_loader; the result is that of all. save(i, prediction)
+    is called with each label map. Raises InputError for what cannot be read, and without save if there are no labels.
     """
     if not (save or data.labelled):
-        raise InputError(f"{data.name}: split {data.split!r} has no labels; --save DIR writes predictions")
+        raise InputError(f"{data.name}: split {data.split!r} has no labels; --save or --submit DIR writes predictions")
     matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64)
     loss = torch.zeros(2, dtype=torch.float64)  # summed over pixels, and their number
-    bar = tqdm(loader, "evaluating", disable=rank_and_world()[0] > 0, leave=False, dynamic_ncols=True)
+    bar = tqdm(loader, "evaluating", disable=rank_and_world()[0] > 0, leave=False, **BAR)
     for i, (image, label) in zip(loader.dataset.indices, bar, strict=True):
         prediction, loss_of_image = predict(model, image, settings, aug, label if with_loss else None)
         if save:
@@ -185,12 +172,9 @@ def metrics_table(result, names):
     return "\n".join([f"{'class':<24}{'IoU':>8}{'Acc':>8}", *rows, means])
 
 
-# ------------------------------------------------------------------------------------------------------ command line
-
-
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", nargs="?", help="file, folder, URL or published name (default: the newest run's)")
+    parser.add_argument("checkpoint", nargs="?", help="file, folder, URL or published name (default: newest in runs/)")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_argument("--dataset", choices=PRESETS, help="default: the one it was trained on")
     parser.add_argument("--data-root", help="the data set's folder (default: the one it was trained on)")
@@ -198,7 +182,7 @@ def parse_arguments():
     maps = parser.add_mutually_exclusive_group()
     maps.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
     maps.add_argument("--submit", metavar="DIR", help="write them as the test servers of the data sets take them")
-    parser.add_argument("--json", metavar="FILE", help="write all figures; FILE.png shows the confusion matrix")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, and the confusion matrix")
     parser.add_overwrite()
     parser.add_stride()
     parser.add_device()
@@ -217,10 +201,11 @@ def data_of(settings, args):
 
 def check_classes(data, settings, source):
     """Raises InputError if a data set's classes are not those of the model that `source` names."""
-    for i, (own, other) in enumerate(zip_longest(data.classes, settings.classes)):
-        if own != other:
-            counts = f"its {len(data.classes)} classes are not the {len(settings.classes)} of {source}"
-            raise InputError(f"--dataset {data.name}: {counts}: class {i} is {own!r} here and {other!r} there")
+    own, other = list(data.classes), list(settings.classes)
+    if own != other:
+        counts = f"its {len(own)} classes are not the {len(other)} of {source}"
+        different = sorted(set(own) ^ set(other)) or ["their order"]
+        raise InputError(f"--dataset {data.name}: {counts}: they differ in {', '.join(different[:3])}")
 
 
 def main():
@@ -241,13 +226,15 @@ def main():
     result = evaluate(model, data, loader, settings, args.aug, maps and maps.save)
     if rank_and_world()[0] > 0:
         return
-    if not math.isnan(result["aAcc"]):
+    labelled = not math.isnan(result["aAcc"])
+    if labelled:
         print(metrics_table(result, data.classes))
-    if args.json:
+    if args.json and not labelled:
+        print(f"{args.json}: not written, since all labels are void")
+    elif args.json:
         about = {"checkpoint": str(source), "dataset": data.name, "split": data.split, "images": len(data)}
         about |= {name: getattr(settings, name) for name in ("scale", "crop_size", "stride")}
-        about |= {"aug": args.aug, "amp": args.amp}
-        write_results(Path(args.json), result, data.classes, about)
+        write_results(Path(args.json), result, data.classes, about | {"aug": args.aug, "amp": args.amp})
     if folder:
         print(f"{len(data)} label maps in {folder}/")
 

@@ -2,19 +2,19 @@
 
 Cao, Xu, Lin, Wei, Hu (ICCV Workshops 2019), https://arxiv.org/abs/1904.11492
 
-A non-local block computes other weights of all positions for every query. Trained for detection or classification, its
-weights hardly depend on the query (section 3.2). So GCNet computes them once, and adds one context vector everywhere:
+A non-local block computes weights over all positions for every query. After training for detection or classification
+they hardly depend on the query (section 3.2). So GCNet computes them once, and adds one context vector everywhere:
 
     SNL, eq. 3:  z_i = x_i + W_v  sum_j a_j x_j                         a_j = exp(W_k x_j) / sum_m exp(W_k x_m)
     GC,  eq. 5:  z_i = x_i + W_v2 ReLU(LN(W_v1 sum_j a_j x_j))
-    SE:          z_i = x_i * sigmoid(W_v2 ReLU(W_v1 sum_j a_j x_j))     a_j = 1 / HW; GCBlock keeps the LN
+    SE:          z_i = x_i * sigmoid(W_v2 ReLU(W_v1 sum_j a_j x_j))     a_j = 1 / HW; GCBlock keeps LN
 
     framework, eq. 4                 here
     context modelling, W_k           global_attention_pooling, conv_mask; pooling="avg": the mean
     transform, W_v                   conv_value
     transform, W_v1 LN ReLU W_v2     channel_add_conv (or channel_mul_conv) [0], [1], [2], [3]
-    bottleneck ratio r               ratio (4: C/r channels between W_v1 and W_v2)
-    fusion                           x + ...; fusion="mul": x * sigmoid(...)
+    bottleneck ratio r               ratio, such that C/r channels are between W_v1 and W_v2
+    fusion: add, or scale            x + ...; fusion="mul": x * sigmoid(...)
 
 The block sits between the first two 3x3 convolutions of an FCN head, as in the published semantic-segmentation models;
 `add_blocks` puts it, or another block, into the backbone, as in the paper's other experiments.
@@ -50,12 +50,14 @@ class SimplifiedNonLocalBlock(nn.Module):
 
 
 class GCBlock(nn.Module):
-    """GC (section 4.3, figure 4d): (N, C, H, W), or (N, C, T, H, W) of videos, to the same, by a bottleneck transform.
-    With fusion "add" it starts as the identity, with "mul" by halving x; pooling is "att" or "avg"."""
+    """GC (section 4.3, figure 4d): (N, C, H, W) to the same, by a bottleneck transform. With fusion "add" it starts as
+    the identity, with "mul" by halving x; pooling is "att" or "avg"."""
 
     def __init__(self, channels, ratio=4, pooling="att", fusion="add"):
         super().__init__()
         assert pooling in ("att", "avg") and fusion in ("add", "mul")
+        if not (isinstance(ratio, int) and 1 <= ratio <= channels):
+            raise ValueError(f"ratio {ratio} is not a whole number from 1 to {channels}, the number of channels")
         self.conv_mask = nn.Conv2d(channels, 1, 1) if pooling == "att" else None
         self.fusion = fusion
         transform = nn.Sequential(
@@ -72,8 +74,6 @@ class GCBlock(nn.Module):
         nn.init.zeros_(transform[3].bias)
 
     def forward(self, x):                                           # (N, C, H, W)
-        if x.dim() == 5:  # a video's frames, one below the other
-            return self(x.flatten(2, 3)).view_as(x)
         context = self.context_modelling(x)                         # (N, C, 1, 1)
         if self.fusion == "mul":
             return x * self.channel_mul_conv(context).sigmoid()     # (N, C, H, W)
@@ -84,8 +84,8 @@ class GCBlock(nn.Module):
 
 
 def add_blocks(resnet, block, place):
-    """Puts block(channels) at the end of residual branches (section 5.1, "after 1x1"): of the last block of "res4", of
-    every other one of res3 and res4 ("alternate"), or of all of "res3-res5". Takes torchvision's ResNets, too."""
+    """Puts block(channels) at the end of residual branches (section 5.1, "after 1x1"). place: "res4" (its last block),
+    "alternate" (every other block of res3 and res4) or "res3-res5" (all). Takes torchvision's ResNets, too."""
     res3, res4, res5 = resnet.layer2, resnet.layer3, resnet.layer4
     places = {"res4": res4[-1:], "alternate": (*res3[1::2], *res4[1::2]), "res3-res5": (*res3, *res4, *res5)}
     for residual in places[place]:
@@ -93,15 +93,15 @@ def add_blocks(resnet, block, place):
         context_block = block(len(getattr(residual, last).weight))
         if hasattr(residual, "context_block"):
             residual.context_block = context_block
-        else:  # torchvision's; its published weights must be loaded before, since bn3 becomes bn3.0
+        else:  # torchvision's: load its weights before, since this renames bn3 to bn3.0
             setattr(residual, last, nn.Sequential(getattr(residual, last), context_block))
 
 
 class SNLHead(FCNHead):
     """The FCN head with an SNL block between its first two convolutions."""
 
-    def __init__(self, in_channels, channels, num_classes):
-        super().__init__(in_channels, channels, num_classes)
+    def __init__(self, c3_channels, c4_channels, channels, num_classes):
+        super().__init__(c3_channels, c4_channels, channels, num_classes)
         self.snl_block = SimplifiedNonLocalBlock(channels)
 
     def context(self, x):                                       # (N, 512, H, W)
@@ -111,16 +111,14 @@ class SNLHead(FCNHead):
 class SNLNet(Segmentor):
     """The ablation's step between NonLocalNet and GCNet; the arguments, input and output are Segmentor's."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, **options):
-        super().__init__(num_classes, depth, align_corners, **options)
-        self.decode_head = SNLHead(self.backbone.channels[3], self.channels, num_classes)
+    head = SNLHead
 
 
 class GCHead(FCNHead):
     """The FCN head with a GC block between its first two convolutions."""
 
-    def __init__(self, in_channels, channels, num_classes):
-        super().__init__(in_channels, channels, num_classes)
+    def __init__(self, c3_channels, c4_channels, channels, num_classes):
+        super().__init__(c3_channels, c4_channels, channels, num_classes)
         self.gc_block = GCBlock(channels)
 
     def context(self, x):                                       # (N, 512, H, W)
@@ -130,6 +128,4 @@ class GCHead(FCNHead):
 class GCNet(Segmentor):
     """GCNet for segmentation; the arguments, input and output are Segmentor's."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, **options):
-        super().__init__(num_classes, depth, align_corners, **options)
-        self.decode_head = GCHead(self.backbone.channels[3], self.channels, num_classes)
+    head = GCHead

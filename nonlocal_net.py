@@ -13,7 +13,7 @@ The response at a position is a weighted sum of the features at all positions:
     eq. 4  dot product       theta(x_i) . phi(x_j)                   HW                     dot_product
     eq. 5  concatenation     ReLU(w_f . [theta(x_i), phi(x_j)])      HW                     concatenation
 
-    theta, phi, g            theta, phi, g: 1x1 convolutions to C/reduction channels
+    theta, phi, g            theta, phi, g: 1x1 convolutions to C/r channels
     w_f                      concat_project
     W_z                      conv_out: 1x1 convolution and BatchNorm
 
@@ -38,19 +38,27 @@ def projection(in_channels, out_channels):
 
 def tokens(x):                                              # (N, C, H, W)
     """The positions as rows."""
-    # Contiguous, or the attention below would fall back to the kernel that holds all (HW)^2 weights.
-    return x.flatten(2).transpose(1, 2).contiguous()        # (N, HW, C)
+    return x.flatten(2).transpose(1, 2)                     # (N, HW, C)
+
+
+def attend(theta, phi, g, scale):
+    """sum_j softmax_j(scale theta_i . phi_j) g_j, by a kernel that never holds the HW x HW weights. It needs contiguous
+    rows, and values of as many channels as theta: else torch takes another one, which does hold them."""
+    values = F.pad(g, (0, theta.shape[2] - g.shape[2]))
+    heads = (t.contiguous()[:, None] for t in (theta, phi, values))     # one head: (N, 1, HW, channels)
+    return F.scaled_dot_product_attention(*heads, scale=scale)[:, 0, :, : g.shape[2]]
 
 
 class NonLocalBlock(nn.Module):
-    """(N, C, H, W) to the same shape (section 3.3, figure 2). Starts as the identity: conv_out's BatchNorm is at zero.
+    """(N, C, H, W) to the same shape (section 3.3, figure 2). Starts as the identity: conv_out.bn.weight is zero.
 
-    reduction  C / channels of theta, phi and g
+    reduction  r, such that theta, phi and g have C/r channels
     mode       the pairwise function, see above
     """
 
     def __init__(self, channels, reduction=2, mode="embedded_gaussian"):
         super().__init__()
+        assert mode in ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
         inner = channels // reduction
         self.mode = mode
         self.g = projection(channels, inner)
@@ -65,47 +73,36 @@ class NonLocalBlock(nn.Module):
             nn.init.kaiming_normal_(self.concat_project.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):                                   # (N, C, H, W)
-        g = tokens(self.g(x))                               # (N, HW, C/2)
+        g = tokens(self.g(x))                               # (N, HW, C/r)
         if self.mode == "gaussian":
             theta = phi = tokens(x)                         # (N, HW, C)
         else:
-            theta = tokens(self.theta(x))                   # (N, HW, C/2)
-            phi = tokens(self.phi(x))                       # (N, HW, C/2)
-        y = getattr(self, self.mode)(theta, phi, g)         # (N, HW, C/2)
-        y_map = y.transpose(1, 2).unflatten(2, x.shape[2:]) # (N, C/2, H, W)
+            theta = tokens(self.theta(x))                   # (N, HW, C/r)
+            phi = tokens(self.phi(x))                       # (N, HW, C/r)
+        y = self.weighted_sum(theta, phi, g)                # (N, HW, C/r)
+        y_map = y.transpose(1, 2).unflatten(2, x.shape[2:]) # (N, C/r, H, W)
         return x + self.conv_out(y_map)                     # (N, C, H, W)
 
-    # sum_j f(x_i, x_j) g(x_j) / C(x) of each mode: theta, phi, g (N, HW, channels) to y (N, HW, C/2).
-
-    def gaussian(self, theta, phi, g):
-        # Values of as many channels as x, or the attention would fall back to the kernel that holds all (HW)^2 weights.
-        values = F.pad(g, (0, theta.shape[2] - g.shape[2]))                 # (N, HW, C)
-        return attend(theta, phi, values, scale=1.0)[..., : g.shape[2]]
-
-    def embedded_gaussian(self, theta, phi, g):
-        return attend(theta, phi, g, scale=theta.shape[2] ** -0.5)
-
-    def dot_product(self, theta, phi, g):
-        # sum_j (theta_i . phi_j) g_j = theta_i (sum_j phi_j g_j^T): without the softmax no HW x HW weights are needed.
-        return theta @ (phi.transpose(1, 2) @ g / g.shape[1])
-
-    def concatenation(self, theta, phi, g):
-        w_theta, w_phi = self.concat_project.conv.weight.flatten().chunk(2)
-        f = F.relu((theta @ w_theta)[:, :, None] + (phi @ w_phi)[:, None])  # (N, HW, HW)
-        return f @ g / g.shape[1]
-
-
-def attend(theta, phi, g, scale):
-    """sum_j softmax_j(scale theta_i . phi_j) g_j, without holding the HW x HW weights at once."""
-    heads = (t[:, None] for t in (theta, phi, g))           # one head: (N, 1, HW, channels)
-    return F.scaled_dot_product_attention(*heads, scale=scale)[:, 0]
+    def weighted_sum(self, theta, phi, g):
+        """sum_j f(x_i, x_j) g(x_j) / C(x) of eq. 1: theta, phi, g (N, HW, channels) to y (N, HW, C/r)."""
+        if self.mode == "gaussian":
+            return attend(theta, phi, g, scale=1.0)
+        if self.mode == "embedded_gaussian":
+            return attend(theta, phi, g, scale=theta.shape[2] ** -0.5)
+        root = g.shape[1] ** 0.5  # of C(x) = HW. Dividing twice by it, before the sums, keeps them finite in float16.
+        if self.mode == "dot_product":
+            # sum_j (theta_i . phi_j) g_j = theta_i (sum_j phi_j g_j^T): no HW x HW weights are needed.
+            return theta @ ((phi / root).transpose(1, 2) @ (g / root))
+        w_theta, w_phi = (self.concat_project.conv.weight.flatten(1).T / root).chunk(2)
+        f = F.relu(theta @ w_theta + (phi @ w_phi).transpose(1, 2))     # (N, HW, HW)
+        return f @ (g / root)
 
 
 class NonLocalHead(FCNHead):
     """The FCN head with a non-local block between its first two convolutions."""
 
-    def __init__(self, in_channels, channels, num_classes, reduction, mode):
-        super().__init__(in_channels, channels, num_classes)
+    def __init__(self, c3_channels, c4_channels, channels, num_classes, reduction=2, mode="embedded_gaussian"):
+        super().__init__(c3_channels, c4_channels, channels, num_classes)
         self.nl_block = NonLocalBlock(channels, reduction, mode)
 
     def context(self, x):                                   # (N, 512, H, W)
@@ -115,6 +112,4 @@ class NonLocalHead(FCNHead):
 class NonLocalNet(Segmentor):
     """NonLocalNet for segmentation; reduction and mode are NonLocalBlock's, the rest is Segmentor's."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, reduction=2, mode="embedded_gaussian", **options):
-        super().__init__(num_classes, depth, align_corners, **options)
-        self.decode_head = NonLocalHead(self.backbone.channels[3], self.channels, num_classes, reduction, mode)
+    head = NonLocalHead

@@ -4,7 +4,7 @@
     Long et al., Fully Convolutional Networks (CVPR 2015)  https://arxiv.org/abs/1411.4038
     Zhao et al., PSPNet (CVPR 2017), auxiliary loss        https://arxiv.org/abs/1612.01105
 
-    images -> ResNetD8 -> c1 (1/4 size), c2, c3, c4 (1/8) -> decode_head(c4) -> logits at 1/8 -> resized to the images
+    images -> ResNetD8 -> c1 (1/4 size), c2, c3, c4 (1/8) -> decode_head(c3, c4) -> logits at 1/8 -> resized
                                          c3 -> auxiliary_head -> logits of the auxiliary loss, in training only
 
 Parameter names are those of the published checkpoints, so that these load as they are. Shapes in comments are those of
@@ -86,7 +86,7 @@ class Bottleneck(nn.Module):
 
 
 def stage(block, in_channels, channels, count, stride, dilation):
-    """Residual blocks. The first has the stride, and half the dilation, since its input is of the stage before."""
+    """Residual blocks. The first has the stage's stride and the dilation of the stage before."""
     first = block(in_channels, channels, stride, max(dilation // 2, 1))
     others = [block(channels * block.expansion, channels, 1, dilation) for _ in range(count - 1)]
     return nn.Sequential(first, *others)
@@ -159,15 +159,15 @@ class FCNHead(Head):
     """Two 3x3 convolutions, then a third that sees their input again. GCHead, SNLHead and NonLocalHead override
     `context` with the block that lets a pixel see the whole image."""
 
-    def __init__(self, in_channels, channels, num_classes):
+    def __init__(self, c3_channels, c4_channels, channels, num_classes):
         super().__init__(channels, num_classes)
-        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3), ConvBNReLU(channels, channels, 3))
-        self.conv_cat = ConvBNReLU(in_channels + channels, channels, 3)
+        self.convs = nn.Sequential(ConvBNReLU(c4_channels, channels, 3), ConvBNReLU(channels, channels, 3))
+        self.conv_cat = ConvBNReLU(c4_channels + channels, channels, 3)
 
     def context(self, x):
         return x
 
-    def forward(self, c4):                                  # (N, 2048, H, W)
+    def forward(self, c3, c4):                              # (N, 2048, H, W); only ANN's head uses c3
         out = self.context(self.convs[0](c4))               # (N, 512, H, W)
         out = self.convs[1](out)                            # (N, 512, H, W)
         out = self.conv_cat(torch.cat([c4, out], dim=1))    # (N, 512, H, W)
@@ -175,34 +175,34 @@ class FCNHead(Head):
 
 
 class Segmentor(nn.Module):
-    """Backbone, decode head and auxiliary head: what GCNet, NonLocalNet, ANN, SNLNet and FCN have in common.
+    """Backbone, auxiliary head and decode head, whose class each subclass (GCNet, NonLocalNet, ...) sets as `head`.
 
     Takes float32 RGB images (N, 3, H, W), normalised; any H and W from 1 up. Gives float32 logits (N, K, H, W) in eval
     mode. In training mode it gives the pair (logits, aux_logits), both (N, K, H/8, W/8), rounded up, which the loss
     resizes.
 
-    num_classes    K
     depth          of the ResNet: 18, 34, 50 or 101
     align_corners  how the logits are resized: True for crops of 769 = 8 * 96 + 1, to which a grid of 97 fits exactly
     stem_channels  64, or 128 for the wider stem of GCNet's Cityscapes ablation
     aux_channels   of the auxiliary head: 256, or 512 in that ablation
+    options        what else the decode head takes
     """
 
-    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256):
+    head = None  # the class of the decode head
+
+    def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256, **options):
         super().__init__()
         slim = 4 if depth < 50 else 1
         self.num_classes = num_classes
         self.align_corners = align_corners
-        self.channels = 512 // slim  # of the decode head, which the subclass builds
         self.backbone = ResNetD8(depth, stem_channels)
-        self.auxiliary_head = AuxiliaryHead(self.backbone.channels[2], aux_channels // slim, num_classes)
-
-    def decode(self, c3, c4):
-        return self.decode_head(c4)
+        c3_channels, c4_channels = self.backbone.channels[2:]
+        self.auxiliary_head = AuxiliaryHead(c3_channels, aux_channels // slim, num_classes)
+        self.decode_head = self.head(c3_channels, c4_channels, 512 // slim, num_classes, **options)
 
     def forward(self, images):                              # (N, 3, H, W)
         c3, c4 = self.backbone(images)[2:]                  # (N, 1024, H/8, W/8), (N, 2048, H/8, W/8)
-        logits = self.decode(c3, c4)                        # (N, K, H/8, W/8)
+        logits = self.decode_head(c3, c4)                   # (N, K, H/8, W/8)
         if self.training:
             return logits, self.auxiliary_head(c3)
         logits = logits.to(images.dtype)                    # in full precision under autocast, too
@@ -212,6 +212,4 @@ class Segmentor(nn.Module):
 class FCN(Segmentor):
     """The baseline: no context block. A pixel sees what the convolutions' receptive field holds."""
 
-    def __init__(self, num_classes, depth=50, align_corners=False, **options):
-        super().__init__(num_classes, depth, align_corners, **options)
-        self.decode_head = FCNHead(self.backbone.channels[3], self.channels, num_classes)
+    head = FCNHead

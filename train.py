@@ -6,9 +6,9 @@
     python train.py --resume --out runs/gcnet-r18-shapes         # continues an interrupted run
 
 A run lives in one folder: config.json, last.pt, best.pt, log.jsonl, samples/*.png, and report.html, which shows it all.
-Ctrl-C leaves a checkpoint.
 """
 
+import contextlib
 import copy
 import math
 import os
@@ -28,8 +28,7 @@ from support.fast import for_inference
 from support.fast_loss import resized_cross_entropy
 from support.processes import from_rank_0, rank_and_world, start_process, sum_over_processes
 from support.run import Run, add_classes, describe, open_run
-from support.scan import class_weights
-from support.settings import AMP, parse
+from support.settings import AMP, parse_arguments
 
 
 def poly_lr(iteration, iters, lr=0.01, min_lr=1e-4, power=0.9):
@@ -39,8 +38,8 @@ def poly_lr(iteration, iters, lr=0.01, min_lr=1e-4, power=0.9):
 
 
 def segmentation_loss(logits, labels, weight=None, align_corners=False):
-    """Cross-entropy of logits (N, K, h, w), resized to the labels (N, H, W), summed over the valid pixels and divided
-    by ALL of them, void included, as the reference does. weight (K,) scales the classes' terms, not the divisor:
+    """Cross-entropy of logits (N, K, h, w), resized to the labels (N, H, W): the sum over the valid pixels, divided by
+    the number of all pixels, void included, as the reference does. weight (K,) scales the terms, not the divisor:
 
         logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
         loss = F.cross_entropy(logits, labels, weight, ignore_index=255, reduction="sum")
@@ -56,7 +55,7 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None, 
     are the loss's.
 
     Returns the loss and the weighted auxiliary loss, means over all processes. If one is not finite, the weights stay
-    as they are. So they do if a gradient overflows in float16; scaler.get_scale() then falls.
+    as they are; also if a gradient overflows in float16, and then the scaler lowers its scale.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -80,7 +79,7 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None, 
 
 
 def main():
-    given, out, resume, device_name = parse(__doc__)
+    given, out, resume, device_name = parse_arguments(__doc__)
     device = start_process(device_name)
     rank, world = rank_and_world()
     settings, saved = from_rank_0(open_run, out, given, resume)
@@ -88,12 +87,13 @@ def main():
     train_data = open_data(settings.dataset, settings.data_root, "train", settings.cache)
     val_data = open_data(settings.dataset, settings.data_root, "val", settings.cache)
     add_classes(settings, train_data, val_data, out)
-    class_weight = class_weights(settings.class_weights, train_data, device, settings.workers)
+    class_weights = settings.class_weights and torch.tensor(settings.class_weights, device=device)
 
     model = initial_model(settings, device, from_scratch=saved is None)
     optimizer = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
     state = State(model, optimizer, scaler)
+    signals = collect_signals()  # from here on they end the run in an orderly way, in the loop
     if saved:
         restore(state, saved, out / "last.pt")
         del saved  # as large as the state
@@ -102,19 +102,19 @@ def main():
     model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     model = torch.compile(model) if settings.compile else model
 
-    signals = collect_signals()
     loader = training_loader(train_data, settings, state.iteration, rank, world, device.type == "cuda")
     val_loader = evaluation_loader(val_data, settings.workers)
     batches = []
-    with Run(out, settings, state.iteration) as run:
+    with contextlib.closing(Run(out, settings, state.iteration)) as run:
         run.say(describe(settings, len(train_data), state.iteration, out, device))
-        while True:  # iters + 1 times: first what is due after the steps so far, then one more step
+        while True:  # each time: stop, validate or save if it is due, then one step; the last time has no step
             requests = torch.tensor([len(signals), run.save_is_due()], device=device)
             stop, save_is_due = (sum_over_processes(requests) > 0).tolist()
-            if validation_is_due(state.iteration, settings.iters) and not stop:
+            validate_now = validation_is_due(state.iteration, settings.iters) and not stop
+            if (stop or save_is_due or validate_now) and batches:
+                save_if_finite(state, batches[0][0], run)  # before a validation, too: it may be killed
+            if validate_now:
                 result = validate(state, val_data, val_loader, settings, run)
-            elif (stop or save_is_due) and batches:
-                save_if_finite(state, batches[0][0], run)
             if stop:
                 run.say(f"stopped after iteration {state.iteration}; continue with --resume --out {out}")
                 sys.exit(128 + (signals or [signal.SIGTERM])[0])  # another process may have received it
@@ -127,7 +127,7 @@ def main():
             batches = [distort_and_normalise(next(loader), device) for _ in range(settings.accumulate)]
             scale = scaler.get_scale()
             loss, aux_loss = training_step(
-                *(model, optimizer, scaler, batches, lr, class_weight), AMP[settings.amp], settings.align_corners
+                model, optimizer, scaler, batches, lr, class_weights, AMP[settings.amp], settings.align_corners
             )
             skipped = scaler.get_scale() < scale  # fp16: a gradient overflowed
             run.log_step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began)
@@ -152,13 +152,13 @@ def initial_model(settings, device, from_scratch=True):
 
 
 def validation_is_due(iteration, iters):
-    """After each tenth of the run, and at its end."""
+    """After about each tenth of the run, and at its end."""
     return iteration == iters or iteration > 0 and iteration % math.ceil(iters / 10) == 0
 
 
 def validate(state, data, loader, settings, run):
     """The metrics() of the present weights, which are also logged and shown. Saves the state, as best.pt too if no
-    validation was better. Raises InputError, and saves nothing, if the training has diverged."""
+    validation was as good. Raises InputError, and saves nothing, if the training has diverged."""
     if dist.is_initialized():
         for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP uses those of rank 0
             dist.broadcast(buffer, 0)
@@ -179,8 +179,8 @@ def validate(state, data, loader, settings, run):
 
 
 def save_if_finite(state, images, run):
-    """Saves the state. Raises InputError, and saves nothing, if the model in eval mode gives for images (N, 3, H, W)
-    what is not finite: then the training has diverged, though its loss may still be a number."""
+    """Saves the state. Raises InputError, and saves nothing, if the model's scores for images (N, 3, H, W) in eval mode
+    are not finite: then the training has diverged, though its loss may still be a number."""
     with torch.inference_mode():
         finite = state.model.eval()(images).isfinite().all()
     state.model.train()

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -12,12 +14,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+# Of tqdm. In a log file, instead of a terminal, a bar is written every 10 seconds.
+BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10}
+
 
 class InputError(Exception):
-    """The user's input is at fault, not the program: `run_command` prints the message alone and exits with status 2."""
-
-
-# -------------------------------------------------------------------------------------------------- the command line
+    """A mistake of the user, not of the program: `run_command` prints the message alone and exits with status 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,15 +29,16 @@ class Parser(argparse.ArgumentParser):
         spec = sys.modules["__main__"].__spec__  # of a module that was run with -m
         prog = f"python -m {spec.name}" if spec else None
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=description, formatter_class=formatter, **options)
+        super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message):
         raise InputError(message)
 
     def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
+        words = sys.argv[1:] if args is None else args
+        for before, word in zip(["an argument", *words], words, strict=False):
             if not word or word.startswith("--") and word.endswith("="):  # such as "$DATA" where DATA is not set
-                raise InputError(f"{' '.join(sys.argv[1:])}: an argument is empty")
+                raise InputError(f"{word or before}: is empty; a variable that is not set?")
         return super().parse_known_args(args, namespace)
 
     def add_device(self):
@@ -43,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", choices=("cuda", "cpu", "mps", "xpu"), help=text)
 
     def add_stride(self):
-        text = "go over an image in windows of the crop's size, this far apart: memory for one row of windows is enough"
+        text = "evaluate in windows of the crop's size, this far apart; large images need less memory so"
         self.add_argument("--stride", type=positive, nargs=2, metavar=("H", "W"), help=text)
 
     def add_overwrite(self):
@@ -60,17 +63,13 @@ def whole_number(text):
 def positive(text):
     """A whole number from 1, for argparse."""
     if whole_number(text) == 0:
-        raise argparse.ArgumentTypeError("0 is too few")
+        raise argparse.ArgumentTypeError("0 is not a whole number from 1")
     return int(text)
-
-
-# -------------------------------------------------------------------------------------------------------- the signals
 
 
 def collect_signals():
     """A list to which SIGINT, SIGTERM and SIGHUP are added from now on, instead of ending the process; a second Ctrl-C
-    ends it. (A second SIGTERM does not: a scheduler and torchrun may send one each.) SIGHUP stays ignored under nohup.
-    """
+    ends it, a second SIGTERM does not: a scheduler and torchrun may send one each. SIGHUP stays ignored under nohup."""
     received = []
 
     def add(number, frame):
@@ -85,20 +84,21 @@ def collect_signals():
     return received
 
 
-# ------------------------------------------------------------------------------------------------------- how it ends
-
-
 def run_command(main):
     """Calls main(). A mistake that the user can correct is one line on stderr and exit status 2, not a traceback."""
     sys.stdout.reconfigure(errors="replace")  # a class's name may hold letters that the terminal lacks
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        exit_at_once(130)
+    except SystemExit as error:  # after --help, or a signal
+        exit_at_once(error.code or 0)
     except Exception as error:
         end_with(error)
     if dist.is_initialized():
         dist.destroy_process_group()
+    exit_at_once(0)
 
 
 def end_with(error):
@@ -127,10 +127,8 @@ def explain(error):
         # From a data-loading worker it arrives behind a traceback.
         return message.partition(f"\n{InputError.__module__}.InputError: ")[2] or message
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", message):
-        return (
-            "out of memory; to train, lower --batch-size or --crop-size, or try --amp bf16; "
-            "to evaluate, leave out --aug, or give --stride"
-        )
+        to_train = "to train, lower --batch-size or --crop-size, or try --amp bf16"
+        return f"out of memory; {to_train}; to evaluate, leave out --aug, or give --stride"
     if isinstance(error, FloatingPointError):
         return f"{message}: the training has diverged, or the checkpoint is damaged"
     if isinstance(error, BrokenPipeError):
@@ -147,7 +145,10 @@ def explain(error):
 
 
 def exit_at_once(status):
-    """Ends the process. An orderly exit would wait for data-loading workers and for other processes."""
+    """Ends the process and its data-loading workers. An orderly exit could wait for ever: they ignore its SIGTERM."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    shutil.rmtree(multiprocessing.current_process()._config.get("tempdir") or "", ignore_errors=True)  # its sockets
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(status)

@@ -1,6 +1,4 @@
-"""Inference as evaluate.py runs it: the same result as the plain form, but faster or in less memory. Each part says why
-the result is the same, and is compared with the plain form in tests/test_fast.py.
-"""
+"""Inference as evaluate.py runs it: the plain form's result, but faster or in less memory (tests/test_fast.py)."""
 
 import itertools
 
@@ -11,10 +9,10 @@ from torch.nn.utils import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from ann import ANN
+from support.command import BAR
+from support.fast_loss import BAND, bands, bilinear
 from support.images import VOID, normalise, window_starts
 from support.processes import rank_and_world
-
-# --------------------------------------------------------------------------------------------------------- the model
 
 
 def for_inference(model, device, dtype=None, compiled=False):
@@ -78,13 +76,10 @@ def conv1x1(weight, bias=None):
     return conv
 
 
-# ------------------------------------------------------------------------------------------------------ large images
-
-
 @torch.inference_mode()
 def slide_labels(model, image, crop_size, stride, label=None):
     """The classes of evaluate.slide_inference for an image of any size: uint8 RGB (H, W, 3) to (uint8 (H, W) on the
-    CPU, loss of `label` or None), as `to_classes` gives them.
+    CPU, loss of `label` or None), as `classes_and_loss` gives them.
 
     The same, since a row of the image is finished once all windows that cover it are done: only the logits of one row
     of windows, as wide as the image, are held at once.
@@ -96,7 +91,7 @@ def slide_labels(model, image, crop_size, stride, label=None):
     count = torch.zeros(min(h, height), width, device=device)
     classes = torch.empty(height, width, dtype=torch.uint8)
     loss = 0.0
-    bar = tqdm(tops, "rows of windows", delay=10, leave=False, disable=rank_and_world()[0] > 0, dynamic_ncols=True)
+    bar = tqdm(tops, "rows of windows", delay=10, leave=False, disable=rank_and_world()[0] > 0, **BAR)
     for top, next_top in zip(bar, [*tops[1:], height], strict=True):
         strip = normalise(image[top : top + h].permute(2, 0, 1)[None].to(device))   # (1, 3, h, W)
         for left in lefts:
@@ -105,14 +100,30 @@ def slide_labels(model, image, crop_size, stride, label=None):
             count[:, columns] += 1
         rows, done = slice(top, next_top), next_top - top
         part = None if label is None else label[rows]
-        classes[rows], part_loss = to_classes(total[0, :, :done] / count[:done], part)
+        classes[rows], part_loss = classes_and_loss(total[0, :, :done] / count[:done], part)
         loss = None if label is None else loss + part_loss
         total = F.pad(total[:, :, done:], (0, 0, 0, done))                          # moved up by the finished rows
         count = F.pad(count[done:], (0, 0, 0, done))
     return classes, loss
 
 
-def to_classes(scores, label=None):
+def resized_classes(logits, size, align_corners, label=None):
+    """classes_and_loss of evaluate.resize_logits(logits, size) for logits (1, K, h, w), a band of rows at a time: for a
+    photograph and many classes the resized logits could fill the memory."""
+    if logits.shape[2:] == size:
+        return classes_and_loss(logits[0], label)
+    down = bilinear(logits.shape[2], size[0], align_corners, logits)                # (H, h)
+    band = max(BAND.get(logits.device.type, 2**22) // (logits.shape[1] * size[1]), 1)
+    parts = []
+    for rows, small in bands(down, band):
+        part = down[rows, small] @ logits[0, :, small]                              # (K, rows, w)
+        part = F.interpolate(part[None], (part.shape[1], size[1]), mode="bilinear", align_corners=align_corners)
+        parts.append(classes_and_loss(part[0], None if label is None else label[rows]))
+    classes, losses = zip(*parts, strict=True)
+    return torch.cat(classes), None if label is None else sum(losses)
+
+
+def classes_and_loss(scores, label=None):
     """(the class of the largest score of each pixel, uint8 (H, W) on the CPU; the cross-entropy of scores (K, H, W) as
     logits, summed over the valid pixels of `label`, None without one). Raises FloatingPointError if a score is not a
     number."""

@@ -1,5 +1,4 @@
-"""The loss of train.py: the same value and gradient as its plain form, in less time and memory. tests/test_fast.py
-compares the two."""
+"""The loss of train.py: the same value and gradient as its plain form, in less time and memory (tests/test_fast.py)."""
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +32,7 @@ class ResizedCrossEntropy(torch.autograd.Function):
         wide_gradient = torch.zeros_like(wide)                              # (N, K, h, W)
         loss = logits.new_zeros(())
         band = max(BAND.get(logits.device.type, 2**22) // (n * k * width), 1)
-        for top in range(0, height, band):
-            rows = slice(top, top + band)
-            needed = down[rows].any(0).nonzero()
-            small = slice(int(needed[0]), int(needed[-1]) + 1)              # the logits' rows on which these depend
+        for rows, small in bands(down, band):
             classes = labels[:, None, rows]                                 # (N, 1, rows, W)
             valid = classes != VOID
             classes = classes.where(valid, 0)
@@ -53,6 +49,14 @@ class ResizedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         (gradient,) = ctx.saved_tensors
         return gradient * scale, None, None, None
+
+
+def bands(matrix, size):
+    """Slices (rows, columns) of a resizing matrix: `size` rows after another, and the columns that these need."""
+    for top in range(0, len(matrix), size):
+        rows = slice(top, top + size)
+        needed = matrix[rows].any(0).nonzero()
+        yield rows, slice(int(needed[0]), int(needed[-1]) + 1)
 
 
 def bilinear(old, new, align_corners, like):

@@ -11,16 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.command import InputError
+from support.command import BAR, InputError
 
 
 def write_file(path, write, sync=True):
-    """Calls write(file) on a new file, which then replaces `path`: at any moment there is a whole file or none.
-
-    sync  wait until the content is on the disk, so that even a machine that goes down leaves a whole file
-
-    Raises InputError if it cannot be written; what was there before stays.
-    """
+    """Calls write(file) on a new file, which then replaces `path`: at any moment there is a whole file or none, with
+    `sync` even if the machine goes down. Raises InputError if it cannot be written; what was there before stays."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # several processes may write one path
     try:
         with open(partial, "wb") as file:
@@ -44,7 +40,7 @@ def refuse_existing(paths, overwrite):
         if path.is_dir():
             raise InputError(f"{path}: is a folder; name a file")
         if path.exists() and not overwrite:
-            raise InputError(f"{path}: is there already; --overwrite replaces it")
+            raise InputError(f"{path}: already exists; --overwrite replaces it")
 
 
 def is_inside(path, folder):
@@ -62,22 +58,19 @@ def refuse_output_folder(folder, inputs):
 def download(url, path):
     """Fetches the file of a URL, with a progress bar. Raises InputError, and leaves nothing at `path`, if it cannot be
     fetched or comes incomplete."""
-    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer
+    bar = tqdm(desc=path.name, unit="B", unit_scale=True, **BAR)
+
+    def show(blocks, size, total):  # total is -1 if the server does not say it
+        bar.total = total if total > 0 else None
+        bar.update(blocks * size - bar.n)
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder,
-            tqdm(desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
-        ):
-
-            def show(blocks, size, total):  # total is -1 if the server does not say it
-                bar.total = total if total > 0 else None
-                bar.update(blocks * size - bar.n)
-
+        with bar, tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
             partial, _ = urllib.request.urlretrieve(url, Path(folder, path.name), show)
             os.replace(partial, path)
     except (OSError, HTTPException, ValueError) as error:
         raise InputError(f"{url}: cannot be fetched ({error}); or put the file here: {path}") from None
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(None)

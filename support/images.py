@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
@@ -21,10 +20,7 @@ Image.MAX_IMAGE_PIXELS = 2**29  # Pillow warns of a larger image, and refuses on
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, in RGB
 STD = (58.395, 57.12, 57.375)
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # that are read; for some others Pillow would start programs
-CACHE_VERSION = 2  # of the arrays in a cache: one more whenever a file is decoded to something else than before
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
+CACHE_VERSION = 3  # of the arrays in a cache: one more whenever a file is decoded to something else than before
 
 
 def open_image(path):
@@ -45,13 +41,13 @@ def open_image(path):
 
 
 def read_image(path):
-    """uint8 RGB (H, W, 3) of an image file of 8 bits in any mode, or of a grey PNG of 16 bits. Raises InputError."""
-    image, _ = open_image(path)
-    if image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8:  # BitsPerSample
-        raise InputError(f"{path}: has more than 8 bits per channel, in an unknown range; save it with 8 bits")
+    """uint8 RGB (H, W, 3) of an image file of 8 bits a channel, in any mode. Raises InputError."""
+    image, coding = open_image(path)
+    tiff_bits = max(image.tag_v2.get(258, (1,))) if image.format == "TIFF" else 1  # BitsPerSample
+    if tiff_bits > 8 or image.mode[0] in "IF" or image.format == "PNG" and ";16" in str(coding):
+        remedy = "save it with 8 bits: value * 255 / the largest value that the camera gives"
+        raise InputError(f"{path}: has more than 8 bits a channel, and does not say of which range; {remedy}")
     image = image.convert("RGBA") if image.mode == "P" else image  # RGB could not take P's transparency
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
 
 
@@ -59,8 +55,8 @@ def read_label(path, table):
     """uint8 (H, W): the classes that `table`, uint8 (256,), gives to the values in a label file. Raises InputError."""
     image, coding = open_image(path)
     if image.format != "PNG" or image.mode != "P" and coding != "L":  # fewer bits of grey are scaled when read
-        what = f"{image.format} {coding if isinstance(coding, str) else image.mode}"
-        raise InputError(f"{path}: a label must be an 8-bit grey or palette PNG of class indices, not {what}")
+        advice = f"not {image.format} {coding}; python -m tools.convert_masks makes one"
+        raise InputError(f"{path}: a label must be an 8-bit grey or palette PNG of class indices, {advice}")
     values = np.asarray(image)
     label = np.frombuffer(bytearray(values).translate(table), np.uint8).reshape(values.shape)
     if (label == INVALID).any():
@@ -112,15 +108,10 @@ class Files(Dataset):
         return image, label
 
 
-# --------------------------------------------------------------------------------------------------------- the cache
-
-
 def cached(folder, decode, path, *arguments):
-    """decode(path, *arguments), or the array that the folder of --cache keeps of it; None keeps nothing. The array is
-    mapped into memory, and whoever writes into it writes into a copy. A file that has changed is decoded again.
-
-    Raises InputError if the folder cannot be written to, or holds a damaged file.
-    """
+    """decode(path, *arguments), or the array that the folder of --cache keeps of it, mapped into memory; None keeps
+    nothing. A file that has changed is decoded again. Raises InputError if the folder cannot be written to, or holds a
+    damaged file."""
     if folder is None:
         return decode(path, *arguments)
     state = path.stat()
@@ -135,62 +126,28 @@ def cached(folder, decode, path, *arguments):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_file(kept, lambda file: np.save(file, array), sync=False)  # what a crash loses is made again
         except (InputError, OSError) as error:
-            remedy = "it must be a folder with room for all images, decoded"
-            raise InputError(f"--cache {folder}: cannot be written to ({error}); {remedy}") from None
+            raise InputError(f"--cache {folder}: must be a folder with room for decoded images ({error})") from None
     try:
         return torch.from_numpy(np.load(kept, mmap_mode="c"))
     except Exception:  # a damaged file can meet any of them
         raise InputError(f"{kept}: is damaged; delete it, it is made again") from None
 
 
-# -------------------------------------------------------------------------------------------- resizing and normalising
-
-
 def resize(image, size, window=None):
     """Bilinear with half-pixel centres and no antialiasing, as OpenCV's INTER_LINEAR, to within one grey level.
 
-    image uint8 (H, W, 3), on the CPU -> uint8 (*size, 3), or only its window (top, left, height, width), which is
-    computed without the rest and is the same as a crop of the whole. An image of this size already is returned itself.
+    image uint8 (H, W, 3), on the CPU -> uint8 (*size, 3), or only its window (top, left, height, width), which is the
+    same as a crop of the whole. An image of this size already is returned itself.
     """
     if not window and size == image.shape[:2]:
         return image
-    window = top, left, h, w = window or (0, 0, *size)
-    if (top + h) * (left + w) > 3 * h * w:
-        return sample(image, size, window)
-    # F.interpolate's kernel for uint8, with the scale of the whole image. It begins with the first pixel of the image.
-    rows, bottom = needed(top + h, image.shape[0], size[0])
-    columns, right = needed(left + w, image.shape[1], size[1])
-    source = image[:rows, :columns].permute(2, 0, 1)[None]
+    top, left, h, w = window or (0, 0, *size)
+    # F.interpolate's kernel for uint8 begins at the first pixel; with the scales given it may end at the window's last.
+    bottom, right = max(top + h, 2), max(left + w, 2)  # asked for one pixel, it errs on some processors
+    asked = [bottom + (bottom == image.shape[0]), right + (right == image.shape[1])]  # of the same size, it copies
     scales = size[0] / image.shape[0], size[1] / image.shape[1]
-    out = torch.ops.aten.upsample_bilinear2d(source, [bottom, right], False, *scales)
+    out = torch.ops.aten.upsample_bilinear2d(image.permute(2, 0, 1)[None], asked, False, *scales)
     return out[0, :, top : top + h, left : left + w].permute(1, 2, 0)
-
-
-def needed(count, old, new):
-    """(given, asked): the pixels of `old` on which the first `count` of `new` depend, and how many to ask the kernel
-    for: asked for one, it errs on some processors; asked for as many as it is given, it copies them."""
-    given = min(count * old // new + 2, old)
-    asked = max(count, 2)
-    return given, asked + (asked == given)
-
-
-def sample(image, size, window):
-    """`resize` for a window far from the first pixel: slower for each pixel, but nothing else is computed."""
-    top, left, h, w = window
-    rows, y = positions(top, h, image.shape[0], size[0])
-    columns, x = positions(left, w, image.shape[1], size[1])
-    grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
-    source = image[rows, columns].permute(2, 0, 1)[None].float()
-    out = F.grid_sample(source, grid[None], padding_mode="border", align_corners=True)
-    return torch.from_numpy(out[0].round_().numpy().astype(np.uint8)).permute(1, 2, 0)  # Tensor.byte() is slow
-
-
-def positions(first, count, old, new):
-    """Where `count` pixels, from `first` on, of a side of `new` lie on the side of `old` from which it is resized: the
-    slice of old pixels around them, and their places in it, -1 at its first pixel's centre to 1 at its last's."""
-    place = ((torch.arange(first, first + count, dtype=torch.float64) + 0.5) * (old / new) - 0.5).clamp(0, old - 1)
-    start, stop = int(place[0]), min(int(place[-1]) + 2, old)
-    return slice(start, stop), ((place - start) * (2 / max(stop - start - 1, 1)) - 1).float()
 
 
 def window_starts(side, window, stride):

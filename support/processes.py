@@ -1,8 +1,4 @@
-"""Several processes that work as one, and the workers that load their data.
-
-torchrun starts the processes, on one machine or on several. Process 0 reads what all of them need, decides, and writes;
-the others receive.
-"""
+"""Several processes that work as one: rank 0 decides and writes, the others receive. And the workers that load data."""
 
 import multiprocessing
 import os
@@ -22,7 +18,7 @@ WAIT = timedelta(minutes=20)  # for another process; after that it is treated as
 
 def start_process(device_name=None):
     """Sets torch up, and joins the processes that torchrun has started into one group. Returns this process's device:
-    of the kind that --device names, by default CUDA where there is one. Raises InputError if there is none."""
+    that of --device, by default CUDA where there is one. Raises InputError if there is none."""
     torch.set_flush_denormal(True)  # fresh weights drive activations to denormals, on which a CPU is slow
     name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and not getattr(torch, name).is_available():
@@ -31,7 +27,7 @@ def start_process(device_name=None):
     if name == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise InputError(f"there are {torch.cuda.device_count()} GPUs for more processes; lower --nproc_per_node")
+            raise InputError(f"{torch.cuda.device_count()} GPUs are too few here; lower --nproc_per_node")
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, rank, world = join_rendezvous()
@@ -44,9 +40,9 @@ def start_process(device_name=None):
 def join_rendezvous():
     """(store, rank, number of processes): torch's own rendezvous of the processes that torchrun has started.
 
-    One agent (a torchrun on one machine) keeps the store when it restarts its processes, and what the dead ones wrote
-    is still in it; so each restart gets a prefix of its own. Several agents count their restarts independently: they
-    make a new store for each restart, but only if a variable says so. Raises InputError if it does not.
+    One agent (a torchrun on one machine) keeps the store over restarts, and what dead processes wrote is still in it;
+    so each restart gets a prefix of its own. Several agents, which count restarts each for itself, make a new store for
+    each, but only if a variable says so. Raises InputError if it does not.
     """
     several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
@@ -56,9 +52,6 @@ def join_rendezvous():
     if not several:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     return store, rank, world
-
-
-# --------------------------------------------------------------------------------------------------- to work as one
 
 
 def rank_and_world():
@@ -74,7 +67,7 @@ def sum_over_processes(tensor):
 
 
 def from_rank_0(make, *arguments):
-    """make(*arguments), called in process 0 alone; all processes receive the result. If it raises InputError or OSError
+    """make(*arguments), called in rank 0 alone; all processes receive the result. If it raises InputError or OSError
     there, all raise it."""
     if not dist.is_initialized():
         return make(*arguments)
@@ -90,24 +83,21 @@ def from_rank_0(make, *arguments):
     return sent[0]
 
 
-# ------------------------------------------------------------------------------------------------ data-loading workers
-
-
 def worker_options(workers):
     """DataLoader arguments for this many workers, which live as long as the loader. They are forked from a server
     process, not from this one: a fork of a process with threads may block forever on a lock that a thread held."""
     if workers == 0:
         return {}
-    method = "spawn" if os.name == "nt" else "forkserver"  # Windows has no fork
-    if method == "forkserver":
-        start_server()
-    options = {"num_workers": workers, "multiprocessing_context": method, "persistent_workers": True}
-    return options | {"worker_init_fn": follow_parent}
+    options = {"num_workers": workers, "persistent_workers": True, "worker_init_fn": follow_parent}
+    if os.name == "nt":  # Windows has no fork
+        return options | {"multiprocessing_context": "spawn"}
+    start_server()
+    return options | {"multiprocessing_context": "forkserver"}
 
 
 def start_server():
-    """Starts the server from which workers are forked. SIGTERM and SIGHUP that are sent to a whole group of processes
-    do not end it, nor the workers: the main process decides what follows."""
+    """Starts the server from which workers are forked. It and they ignore SIGTERM and SIGHUP that are sent to a whole
+    group of processes: the main process decides what follows."""
     from multiprocessing import forkserver, resource_tracker  # which Windows lacks
 
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # of what a killed process leaves
@@ -120,6 +110,6 @@ def start_server():
 
 
 def follow_parent(worker):
-    """Has a data-loading worker ignore Ctrl-C, and end when the main process does, however that ends."""
+    """Makes a data-loading worker ignore Ctrl-C, and end when the main process does, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()

@@ -1,29 +1,19 @@
 """The page of a run: one HTML file, which needs no network. Its form and its script are in report.html."""
 
 import base64
-import io
 import json
 import math
 from pathlib import Path
 
-from support.command import InputError
 from support.files import write_file
-from support.images import open_image
 
 CURVES = ("loss", "val_loss", "lr", "mIoU", "mAcc", "aAcc")
 POINTS = 2000  # of a curve, at most
 
 
 def write_report(out, settings, lines, matrix):
-    """Writes OUT/report.html: a run's curves, IoU of each class, confusion matrix, pictures and settings.
-
-    out       the run's folder; the pictures are those in its samples/ of the validations in `lines`
-    settings  dict, as in config.json
-    lines     dicts, as in log.jsonl
-    matrix    int64 (K, K): the confusion matrix of the last validation
-
-    Raises InputError if it cannot be written. A picture that cannot be read is left out.
-    """
+    """Writes OUT/report.html: a run's curves, IoU of each class, confusion matrix, pictures and settings. Takes dicts
+    as in config.json and log.jsonl, and the confusion matrix int64 (K, K) of the last validation."""
     values = {
         "run": out.resolve().name,
         "settings": settings,
@@ -45,14 +35,6 @@ def curve(lines, name):
 
 
 def pictures(folder, iterations):
-    """[(iteration, base64 of a JPEG)] of the pictures of validations that can be read."""
-    found = []
-    for iteration in iterations:
-        try:
-            picture, _ = open_image(folder / f"{iteration:06}.png")
-        except InputError:
-            continue
-        jpeg = io.BytesIO()
-        picture.convert("RGB").save(jpeg, "JPEG", quality=75, subsampling=0)  # the label maps' borders stay sharp
-        found.append((iteration, base64.b64encode(jpeg.getvalue()).decode()))
-    return found
+    """[(iteration, base64 of a PNG)] of the pictures of validations that are there."""
+    files = {iteration: folder / f"{iteration:06}.png" for iteration in iterations}
+    return [(at, base64.b64encode(file.read_bytes()).decode()) for at, file in files.items() if file.is_file()]

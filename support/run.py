@@ -1,6 +1,6 @@
 """The folder of a training run: how a run begins or continues in it, what is written to it, and how it is found again.
 
-Process 0 alone reads and writes it. last.pt is the truth about a run; config.json is written for people.
+Rank 0 alone reads and writes it. last.pt is the truth about a run; config.json is written for people.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import math
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -21,53 +20,52 @@ except ImportError:  # Windows has other locks, so there is none there
     fcntl = None
 
 from support.checkpoint import read_checkpoint, write_checkpoint
-from support.command import InputError
+from support.command import BAR, InputError
 from support.files import write_file
 from support.pictures import compare, save_png, without_nan
 from support.processes import rank_and_world
 from support.report import write_report
-from support.scan import never_labelled
 from support.settings import PRESETS, Settings, check_stride, defaults, refuse_changes
 
 SAVE_SECONDS = 300  # between two savings of last.pt
-FILES = ("last.pt", "best.pt", "config.json", "log.jsonl", "samples", "report.html")
-
-
-# ------------------------------------------------------------------------------------------------------- how it begins
+RUN_FILES = ("last.pt", "best.pt", "config.json", "log.jsonl", "samples", "report.html")
 
 
 def open_run(out, given, resume):
-    """(settings, saved) of the run in the folder `out`, which this process locks until it ends: of a new run, from the
-    settings `given` and the preset; or of the run to resume, from its last.pt, which is `saved`, else None. Raises
-    InputError if the run may not begin or continue like this."""
+    """Locks the folder `out` and returns (settings, saved): a new run's settings, from those `given` and the preset,
+    and None; or the resumed run's, and what else its last.pt holds. Raises InputError if the run may not begin or
+    continue like this."""
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     last = out / "last.pt"
-    held = [name for name in FILES if (out / name).exists()]
-    if held and not resume:
-        ways = "continue it with --resume, " * last.exists() + "delete it, or name another folder with --out"
-        raise InputError(f"{out}: already holds a run ({held[0]}); {ways}")
-    if not last.exists() and (held or resume and not given):
-        what = f"holds {held[0]}, but no last.pt" if held else "holds no run"
-        weights = f", from its weights with --init {out}/best.pt" * ("best.pt" in held)
-        raise InputError(f"{out}: {what} to continue from; start a run by its settings in a new folder{weights}")
+    held = [name for name in RUN_FILES if (out / name).exists()]
+    if held and not (resume and last.exists()):
+        what = "a run; continue it with --resume, or" if last.exists() else f"{held[0]}, but no last.pt;"
+        raise InputError(f"{out}: already holds {what} name another folder with --out")
+    if resume and not held and not given:
+        raise InputError(f"{out}: holds no run to continue")
     if held:
-        saved = read_checkpoint(last)
-        if "optimizer" not in saved or not saved["settings"].ratios:  # weights alone, or of an earlier version
+        try:
+            saved = read_checkpoint(last)
+        except InputError as error:
+            advice = f"; {out}/best.pt, copied over it, continues from the best validation" * (out / "best.pt").exists()
+            raise InputError(f"{error}{advice}") from None
+        old = not saved["settings"].ratios or str in map(type, saved["settings"].class_weights or ())
+        if "optimizer" not in saved or old:  # weights alone, or of an earlier version
             raise InputError(f"{last}: holds no state that can be continued; --init starts from its weights")
         refuse_changes(given, saved["settings"], out)
         settings = replace(saved.pop("settings"), **given)
     else:
         saved, settings = None, Settings(**defaults(given) | given)
-    if settings.stride:
-        check_stride(settings)
+    check_stride(settings)
     # With another number of processes than before, another number of batches: the images per step stay.
     at_once = settings.batch_size * rank_and_world()[1]
-    effective = settings.effective_batch or at_once * settings.accumulate
-    if effective % at_once:
-        what = f"{effective} images per step, no multiple of these {at_once}"
-        raise InputError(f"--batch-size: the run in {out} has {what}")
-    return replace(settings, effective_batch=effective, accumulate=effective // at_once), saved
+    images = settings.effective_batch or at_once * settings.accumulate
+    if images % at_once:
+        raise InputError(f"--batch-size: the run in {out} has {images} images per step, no multiple of {at_once}")
+    if settings.accumulate != images // at_once and "accumulate" in given:
+        print(f"note: --accumulate {images // at_once}, since the run in {out} has {images} images per step")
+    return replace(settings, effective_batch=images, accumulate=images // at_once), saved
 
 
 def lock(out):
@@ -83,52 +81,50 @@ def lock(out):
 
 
 def add_classes(settings, train_data, val_data, out):
-    """Puts the data set's classes and palette into the settings. Raises InputError if the data set has no labels, or if
-    its classes are not those of the resumed run."""
+    """Puts the data set's classes and palette into the settings. Raises InputError if the data set has no labels, or
+    other classes than the resumed run, or if there are more or fewer class weights."""
     for data in (train_data, val_data):
         if not data.labelled:
             raise InputError(f"{data.files[0][0].parent}: the split {data.split!r} has no folder of labels")
     classes = list(train_data.classes)
     if settings.classes and settings.classes != classes:
         raise InputError(f"{out}: the run was trained on other classes: {', '.join(settings.classes[:4])} ...")
+    if settings.class_weights and len(settings.class_weights) != len(classes):
+        raise InputError(f"--class-weights: {train_data.name} has {len(classes)} classes; give as many weights")
     settings.classes = classes
     settings.palette = [list(colour) for colour in train_data.palette]
 
 
 def describe(settings, images, iteration, out, device):
-    """What a run does, as text; and how to have the published number of images per step, if it has another one."""
-    world, effective = rank_and_world()[1], settings.effective_batch
+    """What a run does, as text; and which learning rate suits it, if it has not the published images per step."""
+    world, effective, published = rank_and_world()[1], settings.effective_batch, PRESETS[settings.dataset]
     norm = "SyncBatchNorm" if world > 1 and device.type == "cuda" else "BatchNorm"
-    text = f"{settings.model} R-{settings.depth} on {settings.dataset}, {images} images, "
+    blocks = f" with {' at '.join(settings.blocks)}" if settings.blocks else ""
+    text = f"{settings.model} R-{settings.depth}{blocks} on {settings.dataset}, {images} images, "
     text += f"from iteration {iteration} to {settings.iters}, {out}/\n"
-    text += f"{world} x {settings.batch_size} x {settings.accumulate} = {effective} images per step; {norm}, {device}"
-    preset = PRESETS[settings.dataset]
-    if preset.images in (None, effective):
-        return text
-    batch = f"--batch-size {preset.images // world}, or " if preset.images % world == 0 else ""
-    ways = f"{batch}--lr {preset.lr * effective / preset.images:g}"
-    return f"{text}\nthe published recipe has {preset.images} images per step; to match it: {ways}"
-
-
-# -------------------------------------------------------------------------------------------------- what is written
+    text += f"{effective} images per step: {world} (processes) x {settings.batch_size} (--batch-size) x "
+    text += f"{settings.accumulate} (--accumulate); {norm}, {device}"
+    if iteration == 0 and published.images_per_step not in (None, effective):
+        text += f"\nthe published recipe has {published.images_per_step} images per step; give --batch-size or "
+        text += f"--accumulate for as many, or --lr {published.lr * effective / published.images_per_step:g}"
+    return text
 
 
 class Run:
     """A run's folder while it trains, and the progress bar.
 
     config.json        the settings
-    log.jsonl          a line for each validation, and for at least each thousandth of the steps
+    log.jsonl          a line for each validation, and for at least each thousandth of the steps; `iteration` is the
+                       number of steps before it
     samples/*.png      a picture for each validation
     last.pt, best.pt   the state to continue from; the state of the best mIoU
-    report.html        a page that shows all of this, of one file; written at each validation
+    report.html        one page with all of this; written at each validation
     events.*           TensorBoard's, if tensorboard is installed
     .lock              locked while a process trains here
-
-    Its methods raise InputError or OSError if the folder cannot be written to.
     """
 
     def __init__(self, out, settings, start):
-        """Prepares the folder to begin or continue at the iteration `start`: later lines leave the log."""
+        """Prepares the folder to begin or continue at the iteration `start`: removes log lines from there on."""
         self.out, self.settings = out, settings
         self.writes = rank_and_world()[0] == 0
         self.last_save = time.monotonic()
@@ -137,8 +133,8 @@ class Run:
         self.board = None
         if self.writes:
             (out / "samples").mkdir(exist_ok=True)
-            for name in (*FILES, "samples/*.png"):
-                for partial in out.glob(f"{name}.*.partial"):  # of write_file, in a process that was killed
+            for pattern in ("*.????????.partial", "samples/*.????????.partial"):
+                for partial in out.glob(pattern):  # of write_file, in a process that was killed
                     partial.unlink()
             write_file(out / "config.json", lambda file: file.write(json.dumps(vars(settings), indent=1).encode()))
             kept = [json.dumps(line) + "\n" for line in read_log(out) if line["iteration"] < start]
@@ -147,13 +143,10 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(out, purge_step=start)
-        shown = {"initial": start, "disable": not self.writes, "dynamic_ncols": True}
-        self.bar = tqdm(None, settings.model, settings.iters, **shown)
+        silent = not self.writes
+        self.bar = tqdm(None, settings.model, settings.iters, initial=start, disable=silent, **BAR)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         self.bar.close()
         if self.board:
             self.board.close()
@@ -182,16 +175,13 @@ class Run:
             values = {"loss": loss, "aux_loss": aux_loss, "lr": lr}
             self.log(iteration, **values, images_per_second=speed, skipped=self.skipped)
         note = f", {self.skipped} steps skipped" if self.skipped else ""
-        text = f"loss {loss + aux_loss:.3f}, lr {lr:.4f}, {speed:.1f} images/s{note}"
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(f"loss {loss + aux_loss:.3f}, lr {lr:.4f}, {speed:.1f} images/s{note}", refresh=False)
         self.bar.update()
 
     def divergence_error(self, iteration, what):
         """The InputError that ends a training that has diverged."""
-        last = self.out / "last.pt"
-        kept = f"; {last} is from before" if last.exists() else ""
-        advice = "start again with a lower --lr"
-        return InputError(f"iteration {iteration}: diverged at learning rate {self.lr:.2g}: {what}; {advice}{kept}")
+        advice = f"start again with a lower --lr; {self.out}/last.pt is from before"
+        return InputError(f"iteration {iteration}: diverged at learning rate {self.lr:.2g}: {what}; {advice}")
 
     def log_validation(self, iteration, result, rows):
         """Logs evaluate.metrics() of a validation, and shows it: the mIoU on the terminal, a picture of some rows
@@ -204,9 +194,10 @@ class Run:
         save_png(picture, path)
         lines = read_log(self.out)
         write_report(self.out, vars(self.settings), lines, result["matrix"])
-        missing = never_labelled(result["matrix"].sum(1), self.settings.classes)
-        if missing and sum("mIoU" in line for line in lines) == 1:  # the first validation
-            self.say(f"warning: in the validation images {missing}; python -m tools.check_data reads all labels")
+        never = [name for name, share in zip(self.settings.classes, result["Acc"], strict=True) if share.isnan()]
+        if never and sum("mIoU" in line for line in lines) == 1:  # the first validation
+            names = ", ".join(never[:5]) + " ..." * (len(never) > 5)
+            self.say(f"warning: no validation label shows {names}; python -m tools.check_data reads all labels")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), iteration, dataformats="HWC")
 
@@ -220,9 +211,6 @@ class Run:
         self.last_save = time.monotonic()
 
 
-# -------------------------------------------------------------------------------------------------- what is read again
-
-
 def read_log(folder):
     """The lines of a run's log.jsonl, as dicts."""
     path = folder / "log.jsonl"
@@ -231,14 +219,3 @@ def read_log(folder):
         with contextlib.suppress(ValueError):  # a line that was cut off when the machine went down
             lines.append(json.loads(text))
     return lines
-
-
-def newest_checkpoint():
-    """The best.pt in a folder of runs/, or in a folder of that, that was written last; says which. Raises InputError if
-    there is none."""
-    found = [path for pattern in ("*/best.pt", "*/*/best.pt") for path in Path("runs").glob(pattern)]
-    if not found:
-        raise InputError("runs/: holds no run yet; name a checkpoint, or train one with: python train.py")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    print(f"checkpoint: {newest}")
-    return newest

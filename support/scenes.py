@@ -1,4 +1,4 @@
-"""The data sets that are drawn from a seed: nothing to download.
+"""Synthetic data sets, drawn from a seed: nothing to download.
 
     shapes   objects in five forms; the form decides the class, the colour is only a hint
     context  a disc is one class by day and another at dusk, and so is a cross. Only the sky, at the far end behind
@@ -6,7 +6,7 @@
     legend   at one end every form stands once, red or cyan at random; three grey objects at the other end have the
              class of the coloured one of their form. So where an object must look depends on the object.
 
-These names, at the end of the file, take a root, which is not used, and a split, as the functions of layouts.py do.
+Each of these, at the end of the file, takes a root, which it ignores, and a split.
 """
 
 from functools import partial
@@ -55,7 +55,7 @@ OUTLINES = {
 
 
 class Scenes(Dataset):
-    """One split of a drawn data set, to be used as images.Files is. Item i is draw(split, i) as tensors."""
+    """One split of a drawn data set, used as images.Files is. Item i is draw(split, i) as tensors."""
 
     labelled = True
     tree = submission = None  # of Files, where these say how label maps are saved
@@ -70,15 +70,6 @@ class Scenes(Dataset):
     def __getitem__(self, i):
         image, label = self.draw(self.split, i)
         return torch.from_numpy(image), torch.from_numpy(label)
-
-
-def decided_by_far_end(dataset, image, label):
-    """Where the other end of a scene of "context" or "legend" decides the class, and nothing nearer: bool (H, W). image
-    is uint8 (H, W, 3), label uint8 (H, W)."""
-    if dataset == "context":
-        return (label > 2) & (label != VOID)
-    grey = image.amax(2).int() - image.amin(2) < 64  # noise included
-    return grey & (label > 0) & (label != VOID)
 
 
 def draw_shapes(split, index):

@@ -1,9 +1,7 @@
-"""Every setting of a run, declared once, and the presets: a data set and the recipe for it.
-
-train.py's options and --help, what a checkpoint keeps and what a resumed run may not change follow from `Settings`.
-"""
+"""Every setting of a run, declared once: options, checkpoints and resuming follow from it; and the presets."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -28,19 +26,13 @@ BLOCKS = {  # each is made for a number of channels; "mul" is the paper's "scale
     "nl-dot-product": partial(NonLocalBlock, mode="dot_product"),
     "nl-concatenation": partial(NonLocalBlock, mode="concatenation"),
     "snl": SimplifiedNonLocalBlock,
-    "gc4": partial(GCBlock, ratio=4),
-    "gc8": partial(GCBlock, ratio=8),
-    "gc16": partial(GCBlock, ratio=16),
-    "gc32": partial(GCBlock, ratio=32),
+    **{f"gc{ratio}": partial(GCBlock, ratio=ratio) for ratio in (4, 8, 16, 32)},
     "gc16-avg": partial(GCBlock, ratio=16, pooling="avg"),
     "gc16-mul": partial(GCBlock, ratio=16, fusion="mul"),
     "gc16-avg-mul": partial(GCBlock, ratio=16, pooling="avg", fusion="mul"),
 }
-PLACES = {  # of gcnet.add_blocks
-    "res4": "at its last residual block",
-    "alternate": "at every other one of res3 and res4",
-    "res3-res5": "at all of them",
-}
+PLACES = ("res4", "alternate", "res3-res5")  # of gcnet.add_blocks
+BLOCKS_HELP = f"{', '.join(BLOCKS)}; places: {', '.join(PLACES)}, which gcnet.add_blocks explains"
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp: the type of mixed precision
 
 
@@ -51,7 +43,7 @@ class Preset(NamedTuple):
     scale: tuple | None  # (long, short) side to which images are resized; None: each keeps its size
     crop_size: tuple  # (height, width); also of the window, where inference slides one
     batch_size: int  # images per process, for the published number of images with 4 processes
-    images: int | None  # per step in all processes, as published; None: the recipe is this project's own
+    images_per_step: int | None  # in all processes, as published; None: the recipe is this project's own
     iters: int
     lr: float
     align_corners: bool = False
@@ -74,15 +66,11 @@ PRESETS = {
     "legend":        Preset(scenes.legend,      None,         (32, 221),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
 }
 # fmt: on
-DRAWN = ("shapes", "context", "legend")  # which need no downloads
 
 
-# ------------------------------------------------------------------------------------------------------- the settings
-
-
-def rate(text):
+def positive_number(text):
     """A finite number above 0, for argparse."""
-    if not 0 < float(text) < float("inf"):
+    if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return float(text)
 
@@ -93,43 +81,33 @@ def absolute(text):
 
 
 def setting(help=None, default=None, free=False, **parsing):
-    """A field of Settings.
-
-    help     of its option; without one it is no option
-    default  where `defaults` has none for it
-    free     whether a resumed run may have another value
-    parsing  what argparse needs: type, choices, nargs, metavar
-    """
+    """A field of Settings, an option of train.py if it has a help. default holds where `defaults` has none; free: a
+    resumed run may have another value; parsing is what argparse needs: type, choices, nargs, metavar."""
     return field(default=default, metadata={"help": help, "free": free, "parsing": parsing})
 
 
 @dataclass(kw_only=True)
 class Settings:
-    """The settings of a run, under the names of train.py's options. A checkpoint keeps them all as a dict, `config`; of
-    a published model only those are known that build and evaluate it."""
+    """The settings of a run, under the names of train.py's options. A checkpoint keeps them as a dict, `config`; a
+    published model has only those that build and evaluate it."""
 
     model: str = setting("the model to train", "gcnet", choices=tuple(MODELS))
-    dataset: str = setting("also selects the preset; those from shapes on are drawn", "shapes", choices=tuple(PRESETS))
+    dataset: str = setting("and its preset; shapes, context and legend are synthetic", "shapes", choices=tuple(PRESETS))
     data_root: str = setting("the data set's folder (default: its name below data/)", free=True, type=absolute)
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
-    blocks: list = setting(
-        f"put blocks into the ResNet: {', '.join(BLOCKS)}; "
-        f"place: {', '.join(f'{place} ({meaning})' for place, meaning in PLACES.items())}",
-        nargs=2,
-        metavar=("BLOCK", "PLACE"),
+    blocks: list = setting(f"put blocks into the ResNet: {BLOCKS_HELP}", nargs=2, metavar=("BLOCK", "PLACE"))
+    cityscapes_ablation: bool = setting("the model sizes of GCNet's Cityscapes ablation", False)
+    crop_size: list = setting(
+        "of the training crops, and of the windows of --stride", type=positive, nargs=2, metavar=("H", "W")
     )
-    cityscapes_ablation: bool = setting(
-        "as in GCNet's ablation: stem of 128 channels, auxiliary head of 512, NL in a quarter", False
-    )
-    crop_size: list = setting("of the training crops", type=positive, nargs=2, metavar=("H", "W"))
     stride: list = setting("evaluate in crops this far apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
     batch_size: int = setting("images per process; the preset's is made for 4 processes", free=True, type=positive)
-    accumulate: int = setting("batches per step", 1, type=positive)
+    accumulate: int = setting("batches per step", 1, free=True, type=positive)
     iters: int = setting("steps", type=positive)
-    lr: float = setting("the first learning rate", type=rate)
-    pretrained: str = setting("the backbone's weights: imagenet (but for depth 34), none, a file or a URL")
+    lr: float = setting("the first learning rate", type=positive_number)
+    pretrained: str = setting("the backbone's weights: imagenet (not for depth 34), none, a file or a URL")
     init: str = setting("start from the weights of a checkpoint: file, folder, URL or published name")
-    class_weights: list = setting("in the loss: one per class, or: balanced", nargs="+", metavar="W")
+    class_weights: list = setting("in the loss, one per class", type=positive_number, nargs="+", metavar="W")
     amp: str = setting("mixed precision", "none", choices=tuple(AMP))
     compile: bool = setting("torch.compile the model", False)
     deterministic: bool = setting("ask torch for deterministic kernels, which are slower on a GPU", False)
@@ -158,7 +136,7 @@ def defaults(given):
         "batch_size": preset.batch_size,
         "iters": preset.iters,
         "lr": preset.lr,
-        "pretrained": "imagenet" if has_weights and dataset not in DRAWN else "none",
+        "pretrained": "imagenet" if has_weights and dataset not in ("shapes", "context", "legend") else "none",
         "scale": preset.scale and list(preset.scale),
         "ratios": list(preset.ratios),
         "align_corners": preset.align_corners,
@@ -167,18 +145,15 @@ def defaults(given):
 
 
 def check_stride(settings):
-    """Raises InputError if windows of crop_size that are `stride` apart would not cover an image."""
+    """Raises InputError if there is a stride, and windows of crop_size that are so far apart do not cover an image."""
     window, stride = settings.crop_size, settings.stride
-    if not window:
+    if stride and not window:
         raise InputError("--stride: the checkpoint does not say how large its crops were, which are the windows")
-    if stride[0] > window[0] or stride[1] > window[1]:
+    if stride and (stride[0] > window[0] or stride[1] > window[1]):
         raise InputError(f"--stride {stride[0]} {stride[1]}: leaves gaps between windows of {window[0]} {window[1]}")
 
 
-# --------------------------------------------------------------------------------------------- from the command line
-
-
-def parse(description):
+def parse_arguments(description):
     """(given, out, resume, device) of train.py's command line: a dict of the settings that it gives, the run's folder
     as a Path, whether to continue an existing run, and the device's name or None. Raises InputError for a mistake."""
     first, _ = option_parser(description, {}, add_help=False).parse_known_args()  # to know whose defaults to show
@@ -186,45 +161,44 @@ def parse(description):
     out = given.pop("out", None)
     resume = given.pop("resume", False)
     device_name = given.pop("device", None)
-    if out is None:
-        new = Settings(**defaults(given) | given)
-        out = f"runs/{new.model}-r{new.depth}-{new.dataset}"
+    new = Settings(**defaults(given) | given)
+    out = Path(os.path.expanduser(out or f"runs/{new.model}-r{new.depth}-{new.dataset}"))
     block, place = given.get("blocks", (None, None))
     if block and not (block in BLOCKS and place in PLACES):
         raise InputError(f"--blocks {block} {place}: there is no such block and place; --help lists them")
     if "init" in given and "pretrained" in given:
         raise InputError("--init and --pretrained: a run starts from one of them")
-    return given, Path(os.path.expanduser(out)), resume, device_name
+    return given, out, resume, device_name
 
 
 def option_parser(description, given, **options):
-    """A parser of train.py's options. It leaves out what is not on the command line, for the preset or the resumed run
-    to fill in; its help shows the defaults for the data set and depth in `given`."""
+    """A parser of train.py's options, which leaves out what is not on the command line; its help shows the defaults for
+    the data set and depth in `given`."""
     note = f"The defaults are those of --dataset {given.get('dataset', 'shapes')}; --dataset X --help shows those of X."
     parser = Parser(description, argument_default=argparse.SUPPRESS, epilog=note, **options)
     shown = defaults(given)
-    for each in fields(Settings):
-        if not each.metadata["help"]:
+    for option in fields(Settings):
+        if not option.metadata["help"]:
             continue
-        default = shown.get(each.name, each.default)
+        default = shown.get(option.name, option.default)
         words = " ".join(map(str, default)) if isinstance(default, list) else default
-        text = each.metadata["help"] + ("" if default is None or default is False else f" (default: {words})")
-        parsing = {"action": "store_true"} if each.type is bool else each.metadata["parsing"]
-        parser.add_argument(flag(each), help=text, **parsing)
+        text = option.metadata["help"] + ("" if default is None or default is False else f" (default: {words})")
+        parsing = {"action": "store_true"} if option.type is bool else option.metadata["parsing"]
+        parser.add_argument(flag(option), help=text, **parsing)
     parser.add_device()
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
     return parser
 
 
-def flag(each):
-    return "--" + each.name.replace("_", "-")
+def flag(option):
+    return "--" + option.name.replace("_", "-")
 
 
 def refuse_changes(given, settings, out):
     """Raises InputError if the command line gives the run in `out` other settings than it has."""
-    for each in fields(Settings):
-        had = getattr(settings, each.name)
-        if not each.metadata["free"] and given.get(each.name, had) != had:
-            advice = f"; --init {out}/last.pt --out NEW starts another run from its weights" * (each.name == "iters")
-            raise InputError(f"{flag(each)} {given[each.name]}: the run in {out} has {had or 'none'}{advice}")
+    for option in fields(Settings):
+        had = getattr(settings, option.name)
+        if not option.metadata["free"] and given.get(option.name, had) != had:
+            advice = f"--init {out}/last.pt --out NEW starts another run from its weights"
+            raise InputError(f"{flag(option)} {given[option.name]}: the run in {out} has {had or 'none'}; {advice}")

@@ -1,7 +1,4 @@
-"""The published models of mmsegmentation: from a name to a file, and from a file to a checkpoint of this project.
-
-zoo.json lists the 48 with their published figures; ZOO.md shows them as tables.
-"""
+"""From a name to a checkpoint's file; mmsegmentation's published models as checkpoints of this project."""
 
 import hashlib
 import json
@@ -30,8 +27,8 @@ def published():
 
 
 def find_file(source):
-    """The local file of a checkpoint: a path, also that of its folder, a URL, or the name of a published model; fetched
-    into torch.hub's cache if need be. A file whose name holds another hash than its content has is warned of."""
+    """The local file of a checkpoint: a path, also that of its folder, a URL, or the name of a published model, fetched
+    into torch.hub's cache if need be. Warns if its hash is not the one in its name."""
     source = str(source)
     if source in published():
         source = published()[source]["url"]
@@ -41,10 +38,9 @@ def find_file(source):
             download(source, path)
     else:
         path = file_in_folder(Path(source))
-    if path.is_dir():
-        raise InputError(f"{path}: holds neither the model.safetensors of tools/export.py nor the best.pt of a run")
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file, and no published model of that name (ZOO.md lists them)")
+        what = "a file, a folder with best.pt or model.safetensors, a URL, or a name in ZOO.md"
+        raise InputError(f"{path}: there is no such checkpoint; it must be {what}")
     digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if digits and not (found := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(digits[1]):
         print(f"warning: {path}: its SHA-256 begins with {found[:8]}, not as its name says", file=sys.stderr)
@@ -57,16 +53,24 @@ def file_in_folder(path):
     return next((file for file in files if file.is_file()), path)
 
 
-def convert(state, path):
-    """A published checkpoint (weights under state_dict, the rest under meta) as one of this project: a dict of `model`,
-    the weights, and `config`, a dict of what is known of its Settings. Raises InputError if it is none of the models
-    here."""
+def newest_checkpoint():
+    """Prints and returns the newest best.pt in runs/*/ or runs/*/*/. Raises InputError if there is none."""
+    found = [path for pattern in ("*/best.pt", "*/*/best.pt") for path in Path("runs").glob(pattern)]
+    if not found:
+        raise InputError("runs/: holds no run yet; name a checkpoint, or train one with: python train.py")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    print(f"checkpoint: {newest}")
+    return newest
+
+
+def convert_published(state, path):
+    """A published checkpoint (weights under state_dict, the rest under meta) as one of this project: {"model": weights,
+    "config": dict of the Settings that are known}. Raises InputError if it is none of the models here."""
     weights, meta = state["state_dict"], state.get("meta") or {}
     heads = {"gc_block": "gcnet", "nl_block": "nonlocal_net", "fusion": "ann", "convs": "fcn"}
-    model = next(
-        (heads[part] for part in heads if any(key.startswith(f"decode_head.{part}.") for key in weights)), None
-    )
-    if model is None or "decode_head.conv_seg.weight" not in weights:
+    parts = {key.split(".")[1] for key in weights if key.startswith("decode_head.")}
+    model = next((heads[part] for part in heads if part in parts), None)
+    if model is None or "conv_seg" not in parts:
         raise InputError(f"{path}: holds none of the models of this project")
     stage3 = {key.split(".")[2] for key in weights if key.startswith("backbone.layer3.")}
     bottleneck = "backbone.layer3.0.conv3.weight" in weights

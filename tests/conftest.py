@@ -129,7 +129,7 @@ def start(arguments, place, **options):
 def run_together(arguments, place, processes=2):
     """(stdout, stderr, status) of a script that torchrun starts several times."""
     process = start(["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *arguments], place)
-    return (*process.communicate(timeout=120), process.returncode)
+    return (*process.communicate(timeout=300), process.returncode)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from support.settings import MODELS
 from tools import benchmark
 
 SMALL = ["--depth", "18", "--size", "40", "56", "--classes", "5", "--warmup", "0", "--repeat", "1", "--json"]
@@ -57,29 +56,14 @@ def test_table(bench, monkeypatch):
     monkeypatch.setitem(benchmark.TEST_SIZES, "ade20k", (64, 64))
     lines = bench("table", "--warmup", "0", "--repeat", "1").splitlines()
     (row,) = (line for line in lines if "R-50" in line)  # the longer schedule is the same model
-    name, setting, parameters, multiply_adds, fps, memory, training, *published = row.strip("| ").split(" | ")
-    with torch.device("meta"):
-        model = MODELS["gcnet"](150)
-    assert (name, setting, published) == ("gcnet R-50", "ade20k", ["23.38", "8.5"])
-    assert parameters == f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
-    assert float(fps) > 0 and float(memory) > 0.2 and 2 < float(multiply_adds) < 4
+    name, setting, fps, published_fps, memory, _, published_memory = row.strip("| ").split(" | ")
+    assert (name, setting, published_fps, published_memory) == ("gcnet R-50", "ade20k", "23.38", "8.5")
+    assert float(fps) > 0 and float(memory) > 0.2
 
 
-def test_multiply_adds_are_those_of_every_window():
-    with torch.device("meta"):
-        model, images = MODELS["fcn"](3, depth=18).eval(), torch.empty(1, 3, 64, 96)
-        whole = benchmark.multiply_adds(model, images)
-        windows = benchmark.multiply_adds(model, images, (64, 64), (64, 32))
-        conv = benchmark.multiply_adds(torch.nn.Conv2d(3, 8, 3), torch.empty(1, 3, 12, 12))
-    assert windows == pytest.approx(whole * 4 / 3) and conv == 3 * 8 * 9 * 10 * 10
-
-
-def test_grow(run_inside, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_grow(run_inside, monkeypatch):
     monkeypatch.setattr(benchmark, "SIDES", (8, 64))
     lines = run_inside(benchmark, "grow", "--repeat", 1).splitlines()
-    assert (tmp_path / "growth.svg").read_text().count("ANN") and len(lines) == 8
-    (megabytes,) = (float(line.split()[-1]) for line in lines if line.split()[:2] == ["NL", "4096"])
+    assert len(lines) == 8
+    (megabytes,) = (float(line.split()[-2]) for line in lines if line.startswith("| NL | 4096 |"))
     assert 4 < megabytes < 60  # the map of all pairs would take 64
-    message = run_inside(benchmark, "grow", fails=True)
-    assert message == "growth.svg: is there already; --overwrite replaces it"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torchvision
 from conftest import published, train_arguments
 from torch import nn
 
@@ -58,16 +59,6 @@ def test_squeeze_excitation_and_snl_are_special_cases():
     snl, block = randomise(SimplifiedNonLocalBlock(16)), randomise(GCBlock(16))
     block.conv_mask, block.channel_add_conv = snl.conv_mask, snl.conv_value  # without the bottleneck
     assert block(x).equal(snl(x))
-
-
-@pytest.mark.parametrize("pooling", ["att", "avg"])
-def test_positions_of_a_video_are_all_alike(pooling):
-    torch.manual_seed(0)
-    block, x = randomise(GCBlock(8, 4, pooling)), torch.randn(2, 8, 4, 3, 5)
-    flat = block(x.flatten(2)[..., None]).view_as(x)
-    assert (flat - x).abs().min() > 0
-    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
-        torch.testing.assert_close(block(x.contiguous(memory_format=memory_format)), flat)
 
 
 @pytest.mark.parametrize("ratio", [4, 16])
@@ -138,13 +129,16 @@ def test_weights_without_the_blocks_leave_them_fresh(tmp_path):
     torch.save(model.backbone.state_dict(), tmp_path / "with.pth")
     with pytest.raises(InputError, match="with.pth: does not fit.*context_block"):
         checkpoint.start_from_imagenet(plain, tmp_path / "with.pth", 18)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "v1.pth")
+    with pytest.raises(InputError, match="v1.pth: is a ResNet with a 7x7 stem; a ResNet-v1c is needed, as in https"):
+        checkpoint.start_from_imagenet(plain, tmp_path / "v1.pth", 18)
 
 
 def test_commands(folder, run_inside, tmp_path):
     """Training, resuming, evaluating and predicting build the model that the run names."""
     torch.save(published("gcnet", classes=3), tmp_path / "plain.pth")
     arguments = train_arguments(folder, "run", 1, workers=0, weights=("--init", "plain.pth"))[1:]
-    note = "all weights, with the classifiers; without blocks, which it does not have"
+    note = "loaded all weights; the new blocks begin as new"
     assert note in run_inside(train, *arguments, "--blocks", "gc16", "res3-res5")
     state = checkpoint.read_checkpoint(tmp_path / "run/last.pt")
     assert state["settings"].blocks == ["gc16", "res3-res5"]
@@ -169,7 +163,8 @@ def test_commands(folder, run_inside, tmp_path):
     with pytest.raises(InputError, match="torn.pt: does not fit.*layer3.0.context_block.conv_mask.weight"):
         checkpoint.start_from_checkpoint(checkpoint.build_model(settings), tmp_path / "torn.pt", settings.blocks)
     message = run_inside(train, "--resume", "--out", "run", "--blocks", "gc4", "res3-res5", fails=True)
-    assert message == "--blocks ['gc4', 'res3-res5']: the run in run has ['gc16', 'res3-res5']"
+    refused = "--blocks ['gc4', 'res3-res5']: the run in run has ['gc16', 'res3-res5']; --init run/last.pt --out NEW "
+    assert message.startswith(refused)
     for words in (("res4", "nl"), ("nl", "res5"), ("gc", "res4")):
         message = run_inside(train, "--blocks", *words, "--out", "other", fails=True)
         assert message == f"--blocks {' '.join(words)}: there is no such block and place; --help lists them"

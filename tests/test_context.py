@@ -11,7 +11,7 @@ import torch
 from data import TrainData, open_data
 from support import scenes
 from support.images import VOID
-from support.settings import DRAWN, PRESETS, Settings, defaults
+from support.settings import PRESETS, Settings, defaults
 from tools import ablation
 
 
@@ -23,7 +23,7 @@ def test_the_sky_alone_decides_what_an_object_is():
         distance = np.abs(np.flatnonzero((dusk_label != VOID).any(0) & (dusk_label > 2).any(0))[:, None] - changed)
         assert distance.min() > 40
         twin = np.array([0, 2, 1, 4, 3, 6, 5], np.uint8)  # the same form at the other time
-        afar = scenes.decided_by_far_end("context", *map(torch.from_numpy, (dusk, dusk_label)))
+        afar = ablation.decided_by_far_end("context", *map(torch.from_numpy, (dusk, dusk_label)))
         assert afar.numpy().any() and np.array_equal(afar, (dusk_label != day_label) & (dusk == day).all(2))
         valid = dusk_label != VOID
         assert (valid == (day_label != VOID)).all() and (twin[dusk_label[valid]] == day_label[valid]).all()
@@ -42,7 +42,7 @@ def test_the_legend_alone_decides_what_an_object_is():
         entry = repainted.any(0).nonzero()[0]
         assert len(entry) and np.ptp(entry) < 31
         hidden = (label != other_label) & ~repainted  # of the form, and on the other side
-        afar = scenes.decided_by_far_end("legend", *map(torch.from_numpy, (image, label))).numpy()
+        afar = ablation.decided_by_far_end("legend", *map(torch.from_numpy, (image, label))).numpy()
         assert np.array_equal(afar & (label == 1 + 2 * kind + colour), hidden)
         objects = hidden.any(0).nonzero()[0]
         legend = np.arange(label.shape[1])[:: 1 if entry[0] < 4 * scenes.STEP else -1][: 4 * scenes.STEP]
@@ -70,7 +70,7 @@ def test_scenes_are_fixed_distinct_and_balanced(name, size, rare):
         assert share[3:].max() < 1.5 * share[3:].min()
 
 
-@pytest.mark.parametrize("name", DRAWN[1:])
+@pytest.mark.parametrize("name", ["context", "legend"])
 def test_training_sees_scenes_whole(name):
     preset = PRESETS[name]
     data = open_data(name, None, "train")
@@ -88,7 +88,7 @@ def test_training_sees_scenes_whole(name):
 
 def test_drawn_scenes_are_a_data_set():
     counts = {"shapes": 6, "context": 7, "legend": 9}
-    assert list(counts) == list(DRAWN)
+    assert list(counts) == ["shapes", "context", "legend"]
     for name, count in counts.items():
         data = open_data(name, None, "val")
         image, label = data[3]
@@ -107,14 +107,16 @@ def test_the_ablation_counts_what_the_far_end_decides(name, forms, monkeypatch):
 
     def guess(model, image, settings):
         image, label = next(scene)
-        return torch.where(torch.isin(label, discs) & scenes.decided_by_far_end(name, image, label), label, 99), None
+        return torch.where(torch.isin(label, discs) & ablation.decided_by_far_end(name, image, label), label, 99), None
 
     settings = Settings(dataset=name, classes=data.classes)
     monkeypatch.setattr(ablation, "load_model", lambda path: (None, settings))
     monkeypatch.setattr(ablation, "for_inference", lambda model, device: model)
     monkeypatch.setattr(ablation, "predict", guess)
-    head, row = ablation.forms_table({"ann": [Path("run")]})
-    assert head == ["right, by form (%)", *forms] and row == ["ann", "100", *["0"] * (len(forms) - 1)]
+    monkeypatch.setattr(ablation, "validations", lambda out: {300: 61.28})
+    head, _, row = ablation.results_table({"ann": [Path("run")]}, 300)
+    assert head == f"| model | mIoU | lowest, highest | {' | '.join(forms)} |"
+    assert row == f"| ann | 61.3 | 61.3, 61.3 | 100{' | 0' * (len(forms) - 1)} |"
 
 
 @pytest.mark.slow
@@ -122,11 +124,10 @@ def test_the_ablation_is_one_command(run_inside, tmp_path):
     command = ("--seeds", 1, "--model", "ann", "ann", "--iters")
     lines = run_inside(ablation, *command, 1).splitlines()
     table = [line for line in lines if line.startswith("|")]
-    name, miou, span, parameters, multiply_adds, speed = table[2].strip("| ").split(" | ")
-    assert (name, parameters, multiply_adds) == ("ann", "12.62", "1.069")  # 10^6 and 10^9
-    assert table[3] == "| right, by form (%) | disc | cross |" and len(table) == 6
+    name, miou, span, disc, cross = table[2].strip("| ").split(" | ")
+    assert name == "ann" and int(disc) >= 0 and int(cross) >= 0 and len(table) == 3
     state = torch.load(tmp_path / "runs/ablation/context-ann-0/best.pt", weights_only=True)
-    assert span == f"{miou}, {miou}" and 0 < float(miou) <= 100 * state["best_miou"] + 0.05 and float(speed) > 0
+    assert span == f"{miou}, {miou}" and 0 < float(miou) <= 100 * state["best_miou"] + 0.05
     assert run_inside(ablation, *command, 1).splitlines() == lines  # what is finished is not run again
     log = tmp_path / "runs/ablation/context-ann-0/log.jsonl"
     log.write_text("".join(line for line in log.read_text().splitlines(True) if "mIoU" not in line))
@@ -140,11 +141,10 @@ def test_the_ablation_refuses_another_run(run_inside, tmp_path):
     out.mkdir(parents=True)
     settings = Settings(**defaults({"dataset": "context"}) | {"dataset": "context", "model": "fcn", "iters": 1})
     settings.effective_batch = settings.batch_size
-    for name, value, expected in (("iters", 2, 1), ("blocks", ["nl", "res4"], None)):
+    for name, value, wanted in (("iters", 2, 1), ("amp", "bf16", "none")):
         torch.save({"model": {}, "config": vars(replace(settings, **{name: value}))}, out / "last.pt")
         message = run_inside(ablation, *arguments, 1, fails=True)
-        words = f"holds a run with {name} {value}, not {expected}; name another --out"
-        assert message == f"runs/ablation/context-fcn-0: {words}"
+        assert message.startswith(f"--{name} {wanted}: the run in runs/ablation/context-fcn-0 has {value}")
     (out / "last.pt").rename(out / "best.pt")  # train.py refuses this one
     message = run_inside(ablation, *arguments, 1, fails=True)
     assert message.startswith("runs/ablation/context-fcn-0: its training ended early, see above")

@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import TrainData, batch_keys, distort, distort_and_normalise, keep_ratio, nearest, open_data, training_loader
+from data import (
+    TrainData,
+    batch_keys,
+    distort,
+    distort_and_normalise,
+    keep_ratio,
+    nearest_pixels,
+    open_data,
+    training_loader,
+)
 from support.command import InputError
 from support.images import MEAN, STD, VOID, Files
 
@@ -25,8 +34,8 @@ def test_keep_ratio():
 
 
 def test_nearest_lies_on_the_images_grid():
-    assert nearest(4, 8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert nearest(6, 3).tolist() == [1, 3, 5]
+    assert nearest_pixels(4, 8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert nearest_pixels(6, 3).tolist() == [1, 3, 5]
 
 
 def test_distort_is_the_reference():
@@ -123,7 +132,7 @@ def test_the_cache_gives_what_was_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault, words", [("a file", "cannot be written to"), ("damaged", "delete it"), ("full", "with room for all")]
+    "fault, words", [("a file", "must be a folder"), ("damaged", "delete it"), ("full", "with room for decoded")]
 )
 def test_a_cache_that_fails_says_so(fault, words, folder, tmp_path):
     cache = tmp_path / "cache"

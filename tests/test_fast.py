@@ -12,8 +12,8 @@ from torch import nn
 from ann import ANN
 from evaluate import multi_scale_flip, predict, slide_inference, whole_inference
 from support import fast_loss
-from support.fast import SampledFirst, fold_batchnorm, for_inference, slide_labels
-from support.images import normalise, resize, sample
+from support.fast import SampledFirst, fold_batchnorm, for_inference, resized_classes, slide_labels
+from support.images import normalise, resize
 from support.settings import MODELS, Settings
 from train import segmentation_loss
 
@@ -109,6 +109,21 @@ def test_windows_by_rows_are_sliding_windows(crop_size, stride):
     assert slide_labels(model, IMAGE, crop_size, stride)[1] is None
 
 
+@pytest.mark.parametrize("align", [False, True], ids=["plain", "align_corners"])
+@pytest.mark.parametrize("size", [(100, 70), (33, 200), (9, 11), (40, 25)], ids=str)
+def test_classes_by_bands_are_those_of_the_resized_logits(size, align, monkeypatch):
+    logits = torch.randn(1, 7, 40, 25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label = torch.randint(0, 7, size, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    label[:3] = 255
+    resized = F.interpolate(logits, size, mode="bilinear", align_corners=align)
+    plain_loss = F.cross_entropy(resized, label[None].long(), ignore_index=255, reduction="sum").item()
+    for budget in (1, 5000, 2**24):
+        monkeypatch.setitem(fast_loss.BAND, "cpu", budget)
+        classes, loss = resized_classes(logits, size, align, label)
+        assert (classes == resized[0].argmax(0)).all() and loss == pytest.approx(plain_loss, rel=1e-12)
+        assert resized_classes(logits, size, align)[1] is None
+
+
 # --------------------------------------------------------------------------------------------------------- the loss
 
 
@@ -181,4 +196,3 @@ def test_resize_is_its_formula():
         (top, bottom), (left, right) = (sorted(rng.choice(side + 1, 2, replace=False).tolist()) for side in (h, w))
         window = top, left, bottom - top, right - left
         assert np.abs(resize(IMAGE, (h, w), window).numpy() - exact[top:bottom, left:right]).max() <= 1.01
-        assert np.abs(sample(IMAGE, (h, w), window).numpy() - exact[top:bottom, left:right]).max() <= 0.51

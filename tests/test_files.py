@@ -72,7 +72,7 @@ def test_what_is_there_is_replaced_only_with_overwrite(tmp_path):
     old.touch()
     refuse_existing([new], False)
     refuse_existing([new, old], True)
-    with pytest.raises(InputError, match=f"^{old}: is there already; --overwrite replaces it"):
+    with pytest.raises(InputError, match=f"^{old}: already exists; --overwrite replaces it"):
         refuse_existing([new, old], False)
     with pytest.raises(InputError, match=f"^{tmp_path}: is a folder"):
         refuse_existing([tmp_path], True)

@@ -1,7 +1,5 @@
 """Small trees in each data set's own layout, right and wrong; the tools that prepare and check them."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,7 @@ from data import open_data
 from support.command import InputError
 from support.images import VOID
 from support.layouts import find_images
-from support.scan import class_weights, scan
-from tools import check_data, voc_aug
+from tools import check_data
 
 
 def image(path, size=(6, 4)):
@@ -117,13 +114,14 @@ def test_voc12aug(voc):
     assert len(open_data("voc12aug", voc, "val")) == 1
     assert open_data("voc12aug", voc, "test")[0][1] is None
     (voc / "ImageSets/Segmentation/aug.txt").unlink()
-    with pytest.raises(InputError, match="aug.txt: missing; make it with: python -m tools.voc_aug"):
+    with pytest.raises(InputError, match="aug.txt: missing; make it with: python -m tools.download voc12aug"):
         open_data("voc12aug", voc, "train")
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "cityscapes769", "ade20k", "voc12aug", "folder"])
 def test_a_wrong_root_is_told_the_layout(name, tmp_path):
-    with pytest.raises(InputError, match=r"there is no \w+/ in it; .*--data-root.* holds .*\*"):
+    remedy = "images/, annotations/ and classes.txt" if name == "folder" else "it .python -m tools.download"
+    with pytest.raises(InputError, match=rf"there is no \w+/ in it; --data-root names the folder that holds {remedy}"):
         open_data(name, tmp_path / "nowhere", "train")
 
 
@@ -138,7 +136,7 @@ def test_images_are_found_but_not_in_the_output_folder(tmp_path, capsys):
         assert found == {"a": photos / "a.jpg", "sub/b": photos / "sub/b.TIF", "outside/d": photos / "outside/d.png"}
         notes = capsys.readouterr().err.splitlines()
         assert notes[0].startswith(f"note: not used: {photos}/c.txt; images end in .jpg")
-        assert notes[1] == f"note: not used: {out}/a_labels.png and 1 others; in the output folder {way_to_out}"
+        assert notes[1] == f"note: not used: {out}/a_labels.png and 1 more; in the output folder {way_to_out}"
     assert list(find_images([f"{photos}/**/*.png"], out)) == ["d"]
     assert list(find_images([f"{photos}/[as]*"], out)) == ["a"]  # but not the folder sub
     assert list(find_images([f"{photos}/*.jpg", str(out / "a_labels.png"), str(out)], out)) == ["a"]
@@ -154,35 +152,6 @@ def test_an_output_folder_that_is_or_holds_that_of_the_images(tmp_path):
                 find_images([str(tmp_path / given)], out)
     with pytest.raises(InputError, match="there are no images there"):
         find_images([str(tmp_path / "photos/*.png")], tmp_path / "out")
-
-
-def test_voc_aug(voc, tmp_path, run_inside):
-    savemat = pytest.importorskip("scipy.io", reason="SBD's files are made and read with scipy").savemat
-    (tmp_path / "sbd/dataset/cls").mkdir(parents=True)
-    for value, name in enumerate(("2007_1", "2007_3", "2009_4", "2010_5"), 1):
-        content = {"GTcls": {"Segmentation": np.full((4, 6), value, np.uint8), "Boundaries": 0}}
-        savemat(tmp_path / f"sbd/dataset/cls/{name}.mat", content)
-        image(voc / f"JPEGImages/{name}.jpg")
-    arguments = (voc_aug, tmp_path / "sbd", "--data-root", voc)
-    listed = voc / "ImageSets/Segmentation/aug.txt"
-    before = listed.read_text()
-    assert f"{listed}: is there already; --overwrite replaces it" in run_inside(*arguments, fails=True)
-    assert listed.read_text() == before and not (voc / "SegmentationClassAug/2010_5.png").exists()
-    listed.unlink()
-    assert "2009_4.png: is there already" in run_inside(*arguments, fails=True)
-    shutil.rmtree(voc / "SegmentationClassAug")
-    assert "2 images" in run_inside(*arguments)
-    (voc / "SegmentationClassAug/2009_4.png").write_bytes(b"damaged")
-    assert "2 images" in run_inside(*arguments, "--overwrite")
-    (tmp_path / "none/cls").mkdir(parents=True)
-    message = run_inside(voc_aug, tmp_path / "none", "--data-root", voc, fails=True)
-    assert "holds none of SBD's .mat files" in message
-    assert listed.read_text().split() == ["2009_4", "2010_5"]
-    data = open_data("voc12aug", voc, "train")
-    assert [data[i][1].unique().tolist() for i in (2, 3)] == [[3], [4]]
-    (tmp_path / "sbd/dataset/cls/2010_6.mat").write_bytes(b"no mat")
-    message = run_inside(*arguments, "--overwrite", fails=True)
-    assert "2010_6.mat: is not one of SBD's label files" in message
 
 
 def test_check_command(folder, run_script, run_inside, capsys):
@@ -209,21 +178,68 @@ def test_check_finds_what_train_would_refuse(folder, run_inside, capsys):
     assert "has no label; its split has no folder of labels" in capsys.readouterr().out
 
 
-def test_class_weights(folder, run_inside, monkeypatch):
+def test_palettes_that_contradict_each_other_are_found(folder, run_inside, capsys):
+    """One colour as two classes; not other colours, nor one colour twice in a palette."""
+    colours = [(0, 0, 0), (200, 0, 0), (0, 200, 0)]
+    paths = sorted((folder / "annotations").rglob("*.png"))
+    arguments = ("--data-root", folder, "--workers", 0)
+    for order, wrong in (((0, 1, 2), 0), ((0, 1, 2, 0), 0), ((0, 2, 1), 1)):
+        for path, palette in zip(paths, [colours, [colours[i] for i in order]] * len(paths), strict=False):
+            mask = Image.fromarray(np.asarray(Image.open(path)))
+            mask.putpalette(np.array(palette, np.uint8).tobytes().ljust(768, b"\0"))
+            mask.save(path)
+        said = run_inside(check_data, *arguments, "--split", "train", fails=bool(wrong))
+        assert ("1 problem to correct" if wrong else "good: no problems found") in said
+    assert "[0, 200, 0] is class 1 here, and class 2 in " in capsys.readouterr().out
+
+
+def test_one_class_is_refused(folder, run_inside):
+    (folder / "classes.txt").write_text("roof\n")
+    for command in (check_data, train):
+        words = ("--dataset", "folder", "--data-root", folder)
+        assert "classes.txt: names 1 classes, not 2 to 254; name the" in run_inside(command, *words, fails=True)
+
+
+def test_images_without_a_label(folder):
+    """The message lists them, and says what to do; also where the label has another format."""
+    labels = folder / "annotations/train"
+    for number in (1, 2, 3):
+        (labels / f"scene{number}.png").unlink()
+    with pytest.raises(InputError) as raised:
+        open_data("folder", folder, "train")
+    assert str(raised.value) == (
+        f"{folder}/images/train/scene1.png: has no label {labels}/scene1.png (nor have 2 more: scene2, scene3); "
+        "add it, or remove the image"
+    )
+    (labels / "scene1.jpg").touch()
+    with pytest.raises(InputError, match=f"; {labels}/scene1.jpg is not .png: python -m tools.convert_masks makes one"):
+        open_data("folder", folder, "train")
+
+
+def test_accents_are_one_letter_or_two(folder):
+    (folder / "images/train/scene1.png").rename(folder / "images/train/caf\u00e9.png")
+    (folder / "annotations/train/scene1.png").rename(folder / "annotations/train/cafe\u0301.png")
+    assert len(open_data("folder", folder, "train")) == 6
+
+
+def test_class_weights(folder, run_inside):
+    path = folder / "annotations/train/scene1.png"
+    array = np.array(Image.open(path))
+    array[:30] = 0  # else the classes are equally frequent
+    Image.fromarray(array).save(path)
     data = open_data("folder", folder, "train")
     labels = torch.stack([data[i][1] for i in range(len(data))])
     share = torch.tensor(
         [(labels == c).sum() / sum((y != VOID).sum() for y in labels if (y == c).any()) for c in range(3)]
     )
-    torch.testing.assert_close(class_weights(["balanced"], data, "cpu", 0), share.median() / share)
-    assert class_weights(["1", "0.5", "2"], data, "cpu", 0).tolist() == [1, 0.5, 2]
-    for given in (["1", "2"], ["1", "x", "2"], ["1", "-1", "1"], ["1", "inf", "1"], ["0", "0", "0"]):
-        with pytest.raises(InputError, match="class-weights: takes 'balanced' or 3 numbers"):
-            class_weights(given, data, "cpu", 0)
+    said = run_inside(check_data, "--data-root", folder, "--workers", 0)
+    (line,) = (line for line in said.splitlines() if line.startswith("to balance the classes: "))
+    flag, *weights = line.partition(": ")[2].split()
+    torch.testing.assert_close(torch.tensor([float(w) for w in weights]), share.median() / share, rtol=0.005, atol=0)
     arguments = train_arguments(folder, "run", 1, workers=0)[1:]
-    assert "mIoU" in run_inside(train, *arguments, "--class-weights", "balanced")
-    shares = []
-    for rank in range(4):
-        monkeypatch.setattr("support.scan.rank_and_world", lambda rank=rank: (rank, 4))
-        shares.append(len(scan(data, 0)))
-    assert shares == [2, 2, 1, 1]
+    assert "mIoU" in run_inside(train, *arguments, flag, *weights)
+    for given, message in (
+        (["1", "2"], "folder has 3 classes; give as many"),
+        (["1", "x", "2"], "invalid positive_number value"),
+    ):
+        assert message in run_inside(train, *train_arguments(folder, "new", 1)[1:], flag, *given, fails=True)

@@ -21,12 +21,12 @@ OFTEN = "import train; from support import command, run; run.SAVE_SECONDS = 0; c
 
 
 @pytest.mark.slow
-def test_twenty_kills(folder, run_script, tmp_path):
+def test_ten_kills(folder, run_script, tmp_path):
     """SIGKILL at random moments, then the same weights, bit for bit, as of a run left alone."""
-    run_script(*train_arguments(folder, "whole", 30))
+    run_script(*train_arguments(folder, "whole", 20))
     chance, kills, last = random.Random(0), 0, tmp_path / "parts/last.pt"
-    arguments = ["-c", OFTEN, *train_arguments(folder, "parts", 30)[1:]]
-    while kills < 20:
+    arguments = ["-c", OFTEN, *train_arguments(folder, "parts", 20)[1:]]
+    while kills < 10:
         before = changed(last)
         process = start(arguments, tmp_path)
         while process.poll() is None and changed(last) == before:
@@ -38,9 +38,9 @@ def test_twenty_kills(folder, run_script, tmp_path):
         process.communicate()
         kills += 1
         arguments = ["-c", OFTEN, "--resume", "--out", "parts", "--workers", int(kills % 5 == 0)]
-    assert kills >= 10
+    assert kills >= 6
     done = start(["-c", OFTEN, "--resume", "--out", "parts"], tmp_path)
-    out, err = done.communicate(timeout=120)
+    out, err = done.communicate(timeout=300)
     assert done.returncode == 0, out + err
     assert same_weights(tmp_path / "whole/last.pt", last)
 
@@ -54,10 +54,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, run_script, tmp_path):
     while process.poll() is None and not (tmp_path / "run/last.pt").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     before = (tmp_path / "run/last.pt").read_bytes()
     process = start(["train.py", "--resume", "--out", "run"], tmp_path, preexec_fn=limited)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err
     message = err.strip().splitlines()[-1]
     assert ".pt: cannot be written" in message and "File too large" in message
@@ -75,7 +75,7 @@ def test_a_rank_that_dies_is_started_again(folder, run_script, tmp_path):
         time.sleep(0.05)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
 
@@ -94,7 +94,7 @@ def test_a_rank_that_fails_speaks_alone(folder, run_script):
 @pytest.mark.slow
 def test_gradients_of_two_processes(tmp_path):
     process = start(["-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "tests/ddp_gradients.py"], tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert out.count("equal") == 2, err
 
 
@@ -124,7 +124,7 @@ LIKE = ("--lr", "0.003", "--workers", 0)
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory):
     folder = make_folder(tmp_path_factory.mktemp("exact"))
-    start([*train_arguments(folder, "run", 5), *LIKE, "--batch-size", 4], folder).communicate(timeout=200)
+    start([*train_arguments(folder, "run", 5), *LIKE, "--batch-size", 4], folder).communicate(timeout=300)
     return losses(folder / "run")
 
 

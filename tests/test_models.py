@@ -55,7 +55,7 @@ def test_logits(name, depth):
     if depth == 50:
         for i, stage in enumerate(stages, 1):
             np.testing.assert_allclose([stage.norm(), stage.mean()], golden[f"r50_stage{i}_norm"], rtol=1e-4)
-    close_to_largest(model.decode(*stages[2:]), golden[f"r{depth}_logits"])
+    close_to_largest(model.decode_head(*stages[2:]), golden[f"r{depth}_logits"])
     close_to_largest(model.auxiliary_head(stages[2]), golden[f"r{depth}_aux_logits"])
 
 
@@ -126,6 +126,30 @@ def test_pairwise_functions(mode):
     if mode != "concatenation":  # of which the reference gives no gradient
         (z**2).sum().backward()
         close_to_largest(x.grad, golden[f"{mode}_grad"], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["embedded_gaussian", "gaussian", "dot_product", "concatenation"])
+@torch.no_grad()
+def test_pairwise_functions_in_half_precision(mode, dtype):
+    """Of 64x64 positions and activations up to 12, where sums of all pairs exceed what float16 holds."""
+    torch.manual_seed(0)
+    block = NonLocalBlock(64, mode=mode).eval()
+    for module in block.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    block.conv_out.bn.weight.fill_(1)
+    x = torch.rand(1, 64, 64, 64) * 12
+    x = x * 0.1 if "gaussian" in mode else x  # else small differences of large scores decide the softmax
+    expected = block(x)
+    z = block.to(dtype)(x.to(dtype)).float()
+    assert (z - expected).abs().max() <= (0.01 if dtype == torch.float16 else 0.05) * expected.abs().max()
+
+
+@pytest.mark.parametrize("ratio", [1 / 16, 0, 65])
+def test_a_bottleneck_ratio_that_leaves_no_channel_is_refused(ratio):
+    with pytest.raises(ValueError, match="is not a whole number from 1 to 64"):
+        GCBlock(64, ratio)
 
 
 def test_simplified_non_local_block_is_its_equation():

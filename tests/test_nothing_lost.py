@@ -1,5 +1,7 @@
 """No command replaces a file unless told to, nor lets two processes write one, nor saves what has diverged."""
 
+import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from PIL import Image
 import evaluate
 import train
 from support import run
-from support.classes import CITYSCAPES
+from support.classes import names_and_colours
 from support.command import InputError
 from support.files import write_file
 from support.pictures import save_png
@@ -30,13 +32,14 @@ def contents(folder):
 # ------------------------------------------------------------------------------------------------- the run's folder
 
 
-@pytest.mark.parametrize("name", run.FILES)
+@pytest.mark.parametrize("name", run.RUN_FILES)
 def test_a_folder_with_a_file_of_a_run_is_refused(name, folder, tmp_path, run_inside):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("a state")
     before = contents(tmp_path)
     message = run_inside(train, *train_arguments(folder, "run")[1:], fails=True)
-    assert f"run: already holds a run ({name})" in message
+    what = "a run; continue it with --resume, or" if name == "last.pt" else f"{name}, but no last.pt;"
+    assert message == f"run: already holds {what} name another folder with --out"
     assert contents(tmp_path) == {**before, tmp_path / "run/.lock": b""}
 
 
@@ -53,22 +56,43 @@ def test_a_run_can_be_continued_from_its_beginning(folder, tmp_path, run_inside,
     assert "gcnet R-18 on folder, 6 images, from iteration 0 to 2" in run_inside(train, "--resume", "--out", "run")
 
 
+def test_a_kill_during_a_validation_loses_no_step(folder, tmp_path, run_inside, monkeypatch):
+    """A scheduler may wait for less time than a validation takes."""
+
+    def stop(*arguments, **options):
+        raise SystemExit
+
+    monkeypatch.setattr(train, "evaluate", stop)
+    with pytest.raises(SystemExit):
+        run_inside(train, *train_arguments(folder, "run", 20, workers=0)[1:])
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] == 2
+
+
+def test_a_damaged_state_names_the_other_one(folder, tmp_path, run_inside):
+    run_inside(train, *train_arguments(folder, "run", 1, workers=0)[1:])
+    os.truncate(tmp_path / "run/last.pt", 1000)
+    message = run_inside(train, "--resume", "--out", "run", fails=True)
+    assert (
+        message.startswith("run/last.pt: cannot be read as a checkpoint") and "run/best.pt, copied over it" in message
+    )
+    (tmp_path / "run/best.pt").rename(tmp_path / "run/last.pt")
+    assert "from iteration 1 to 1" in run_inside(train, "--resume", "--out", "run", "--workers", 0)
+
+
 def test_nothing_to_resume(tmp_path, run_inside):
     message = run_inside(train, "--resume", "--out", "typo", fails=True)
-    assert message == "typo: holds no run to continue from; start a run by its settings in a new folder"
+    assert message == "typo: holds no run to continue"
 
 
 def test_a_run_that_lost_its_state_does_not_start_again(folder, tmp_path, run_inside):
     arguments = train_arguments(folder, "run", 2, workers=0)[1:]
     run_inside(train, *arguments)
-    for name, advice in (("last.pt", ", from its weights with --init run/best.pt"), ("best.pt", "")):
+    for name, other in (("last.pt", "best.pt"), ("best.pt", "config.json")):
         (tmp_path / "run" / name).unlink()
         before = contents(tmp_path)
         for words in (["--resume", "--out", "run"], [*arguments, "--resume"]):
             message = run_inside(train, *words, fails=True)
-            assert ", but no last.pt to continue from; start a run" in message and message.endswith(
-                f"new folder{advice}"
-            )
+            assert message == f"run: already holds {other}, but no last.pt; name another folder with --out"
         assert contents(tmp_path) == before
 
 
@@ -91,10 +115,10 @@ def test_resume_beside_the_living_run(folder, tmp_path):
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.05)
     second = start(["train.py", "--resume", "--out", "run"], tmp_path)
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=120)
     assert second.returncode == 2 and "another process is training there" in err
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     iterations = [line["iteration"] for line in read_log(tmp_path / "run") if "loss" in line]
     assert iterations == sorted(set(iterations))
 
@@ -130,7 +154,7 @@ def test_a_run_that_another_process_finished_meanwhile(folder, tmp_path, run_ins
 
     monkeypatch.setattr(run, "lock", finished)
     message = run_inside(train, *train_arguments(folder, "run")[1:], fails=True)
-    assert "run: already holds a run (best.pt)" in message
+    assert "run: already holds best.pt" in message
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
@@ -146,7 +170,7 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
 def test_a_users_partial_files_stay(tmp_path):
     for name in ("movie.mp4.partial", "last.pt.12ab34cd.partial"):
         (tmp_path / name).touch()
-    with Run(tmp_path, Settings(**defaults({})), 0):
+    with contextlib.closing(Run(tmp_path, Settings(**defaults({})), 0)):
         pass
     assert [path.name for path in tmp_path.glob("*.partial")] == ["movie.mp4.partial"]
 
@@ -184,7 +208,7 @@ def test_the_ablation_ends_its_training(tmp_path):
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err
     assert (tmp_path / "runs/ablation/context-fcn-0/last.pt").exists()
     assert str(tmp_path) not in subprocess.run(["pgrep", "-af", "train.py"], capture_output=True, text=True).stdout
@@ -207,7 +231,7 @@ def test_a_command_replaces_files_only_if_told_to(photos, tmp_path, run_inside):
     command = ("photos", "--checkpoint", "model.pt", "--out", "photos/results")
     run_inside(predict, *command)
     before = contents(photos)
-    assert "photos/results/a_overlay.png: is there already; --overwrite" in run_inside(predict, *command, fails=True)
+    assert "photos/results/a_overlay.png: already exists; --overwrite" in run_inside(predict, *command, fails=True)
     assert contents(photos) == before
     run_inside(predict, *command, "--overwrite")
     assert contents(photos).keys() == before.keys()  # what is in the output folder is no image to segment
@@ -219,16 +243,16 @@ def test_a_command_replaces_files_only_if_told_to(photos, tmp_path, run_inside):
 
 
 def test_attention_replaces_files_only_if_told_to(photos, tmp_path, run_inside):
-    command = ("model.pt", "photos/a.jpg", "--out", "seen", "--html")
+    command = ("model.pt", "--images", "photos/a.jpg", "--out", "seen", "--html")
     run_inside(attention, *command)
     before = contents(tmp_path)
-    assert "seen/a.png: is there already; --overwrite" in run_inside(attention, *command, fails=True)
+    assert "seen/a.png: already exists; --overwrite" in run_inside(attention, *command, fails=True)
     assert contents(tmp_path) == before
     run_inside(attention, *command, "--overwrite")
 
 
 def test_label_maps_of_equal_names_are_refused(tmp_path, run_inside):
-    save_model(tmp_path / "model.pt", "gcnet", CITYSCAPES)
+    save_model(tmp_path / "model.pt", "gcnet", names_and_colours("cityscapes")[0])
     for city in "ab":
         place = tmp_path / "city/leftImg8bit/val" / city
         place.mkdir(parents=True)
@@ -244,7 +268,7 @@ def test_label_maps_and_figures_are_replaced_only_if_told_to(folder, tmp_path, r
         run_inside(evaluate, *arguments, *output)
         (tmp_path / file).write_text("mine")
         message = run_inside(evaluate, *arguments, *output, fails=True)
-        assert "is there already; --overwrite" in message and (tmp_path / file).read_text() == "mine"
+        assert "already exists; --overwrite" in message and (tmp_path / file).read_text() == "mine"
         run_inside(evaluate, *arguments, *output, "--overwrite")
         assert (tmp_path / file).read_bytes() != b"mine"
 

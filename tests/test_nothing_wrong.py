@@ -20,8 +20,8 @@ from data import open_data
 from support.checkpoint import load_model
 from support.command import InputError, explain
 from support.images import FORMATS, read_image, read_label
-from support.layouts import find_images, identity
-from support.run import newest_checkpoint
+from support.layouts import find_images, label_table
+from support.zoo import newest_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------- images
 
@@ -41,7 +41,7 @@ def png(path, bits, rows, extra=b""):
 def test_labels_of_few_bits_of_grey_are_refused(bits, tmp_path):
     png(tmp_path / "a.png", bits, [b"\x01\x23"] * 2)
     with pytest.raises(InputError, match=r"a.png: a label must be an 8-bit grey or palette PNG"):
-        read_label(tmp_path / "a.png", identity(200))
+        read_label(tmp_path / "a.png", label_table(range(200)))
 
 
 def test_palette_labels_of_few_bits_are_indices(tmp_path):
@@ -50,7 +50,7 @@ def test_palette_labels_of_few_bits_are_indices(tmp_path):
     picture.putpalette([9, 9, 9] * 4)
     picture.save(tmp_path / "a.png", bits=2)
     assert (tmp_path / "a.png").read_bytes()[24] == 2
-    assert read_label(tmp_path / "a.png", identity(4)).tolist() == values.tolist()
+    assert read_label(tmp_path / "a.png", label_table(range(4))).tolist() == values.tolist()
 
 
 def test_a_label_is_turned_as_its_own_exif_says(tmp_path):
@@ -58,14 +58,39 @@ def test_a_label_is_turned_as_its_own_exif_says(tmp_path):
     turned = picture.getexif()
     turned[0x112] = 3  # by half a turn
     picture.save(tmp_path / "a.png", exif=turned)
-    assert read_label(tmp_path / "a.png", identity(6)).tolist() == [[5, 4, 3], [2, 1, 0]]
+    assert read_label(tmp_path / "a.png", label_table(range(6))).tolist() == [[5, 4, 3], [2, 1, 0]]
 
 
 @pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
 def test_values_of_unknown_range_are_refused(kind, tmp_path):
     Image.fromarray(np.arange(12).reshape(3, 4).astype(kind)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match="a.tif: has more than 8 bits per channel"):
+    with pytest.raises(InputError, match="a.tif: has more than 8 bits a channel"):
         read_image(tmp_path / "a.tif")
+
+
+def test_a_bmp_of_16_bits_has_few_bits_a_channel(tmp_path):
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)  # 5, 6 and 5 bits
+    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 66 + 16, 0, 0, 66, 40, 2, 4, 1, 16, 3, 16, 0, 0, 0, 0)
+    (tmp_path / "a.bmp").write_bytes(header + masks + bytes(16))
+    assert read_image(tmp_path / "a.bmp").shape == (4, 2, 3)
+
+
+def png_row(bits, colours, row):
+    """The content of a PNG of one row, of the colour type `colours`."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colours]
+    header = struct.pack(">IIBBBBB", len(row) * 8 // bits // channels, 1, bits, colours, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("colours", [0, 2, 4, 6], ids=["grey", "rgb", "grey and alpha", "rgba"])
+def test_png_of_16_bits_is_refused(colours, tmp_path):
+    (tmp_path / "a.png").write_bytes(png_row(16, colours, bytes(48)))
+    with pytest.raises(InputError, match="a.png: has more than 8 bits a channel.*value . 255"):
+        read_image(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(png_row(8, colours, bytes(48)))
+    assert read_image(tmp_path / "a.png").shape[2] == 3
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -88,7 +113,7 @@ def test_other_formats_are_not_opened(kind, tmp_path):
 
 def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    for read in (read_image, lambda path: read_label(path, identity(3))):
+    for read in (read_image, lambda path: read_label(path, label_table(range(3)))):
         with pytest.raises(InputError, match="a.png: cannot be read as an image"):
             read(tmp_path / "a.png")
 
@@ -115,7 +140,7 @@ def test_damaged_images_are_an_array_or_refused(tmp_path):
                 spoilt[rng.randrange(len(spoilt))] ^= rng.randrange(1, 256)
             del spoilt[rng.choice((len(spoilt), rng.randrange(len(spoilt)))) :]
             (tmp_path / "a").write_bytes(spoilt)
-            for read in (read_image, lambda path: read_label(path, identity(3))):
+            for read in (read_image, lambda path: read_label(path, label_table(range(3)))):
                 try:
                     array = read(tmp_path / "a")
                     assert array.dtype == torch.uint8 and array.ndim in (2, 3)
@@ -130,11 +155,11 @@ def test_damaged_images_are_an_array_or_refused(tmp_path):
 
 
 def test_files_that_are_not_used_are_named(folder, capsys):
-    for name in ("images/train/x.webp", "images/train/y.txt", "images/train/.hidden.png", "annotations/val/z.png"):
+    for name in ("images/train/x.gif", "images/train/y.txt", "images/train/.hidden.png", "annotations/val/z.png"):
         (folder / name).touch()
     assert len(open_data("folder", folder, "train")) == 6
     notes = capsys.readouterr().err
-    assert notes.count("note: not used: ") == 1 and "x.webp and 1 others; images end in .jpg, .jpeg, .png" in notes
+    assert notes.count("note: not used: ") == 1 and "x.gif and 1 more; images end in .jpg, .jpeg, .png, .bmp" in notes
     assert len(open_data("folder", folder, "val")) == 3
     assert f"z.png; there is no such image in {folder}/images/val" in capsys.readouterr().err
 
@@ -171,8 +196,8 @@ def test_resource_forks_of_macos_are_left_out(tmp_path):
 @pytest.mark.parametrize("option", ["--data-root", "--split", "--save", "--dataset"])
 def test_an_empty_option_is_a_mistake(option, run_inside):
     message = run_inside(evaluate, option, "", fails=True)
-    assert message == f"{option} : an argument is empty"
-    assert "an argument is empty" in run_inside(evaluate, f"{option}=", fails=True)
+    assert message == f"{option}: is empty; a variable that is not set?"
+    assert run_inside(evaluate, f"{option}=", fails=True) == f"{option}=: is empty; a variable that is not set?"
 
 
 @pytest.mark.parametrize("root", ["~nosuchuser/data", "nothing"])

@@ -7,7 +7,7 @@ from conftest import save_model, write_scene
 from PIL import Image
 
 import evaluate
-from support.classes import CITYSCAPES
+from support.classes import names_and_colours
 from support.command import InputError
 from support.images import read_image
 from support.layouts import CITYSCAPES_IDS, find_images
@@ -16,7 +16,7 @@ from tools import predict
 
 @pytest.fixture
 def model(tmp_path):
-    return save_model(tmp_path / "model.pt", "gcnet", CITYSCAPES)
+    return save_model(tmp_path / "model.pt", "gcnet", names_and_colours("cityscapes")[0])
 
 
 def test_images_of_every_kind(tmp_path):
@@ -26,9 +26,7 @@ def test_images_of_every_kind(tmp_path):
     assert read_image(tmp_path / "rgb.png").equal(torch.tensor(exact))
     grey = np.array(rgb.convert("L"))
     Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    for name in ("grey", "deep"):
-        assert read_image(tmp_path / f"{name}.png").equal(torch.tensor(grey)[..., None].expand(-1, -1, 3))
+    assert read_image(tmp_path / "grey.png").equal(torch.tensor(grey)[..., None].expand(-1, -1, 3))
     rgb.convert("RGBA").save(tmp_path / "alpha.png")
     assert read_image(tmp_path / "alpha.png").equal(torch.tensor(exact))
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
@@ -70,8 +68,7 @@ def test_nothing_is_overwritten(model, run_inside, tmp_path):
         refused = run_inside(predict, images, *command, "--overwrite", fails=True)
         assert refused == "one: is, or holds, one, where images or labels are; name another folder"
     assert (
-        run_inside(predict, "two", *command, fails=True)
-        == "one/a_labels.png: is there already; --overwrite replaces it"
+        run_inside(predict, "two", *command, fails=True) == "one/a_labels.png: already exists; --overwrite replaces it"
     )
     assert (tmp_path / "one/a_labels.png").read_bytes() == before and len(list((tmp_path / "one").iterdir())) == 2
     assert "1 images: one/" in run_inside(predict, "two", *command, "--overwrite")
@@ -87,9 +84,9 @@ def test_predict_does_not_predict_its_predictions(model, run_inside, tmp_path):
 
 def test_save_and_submit(model, run_inside, tmp_path):
     write_scene(tmp_path / "own/images/test", tmp_path / "unused", "deep/x", 0)
-    (tmp_path / "own/classes.txt").write_text("\n".join(CITYSCAPES))
+    (tmp_path / "own/classes.txt").write_text("\n".join(names_and_colours("cityscapes")[0]))
     data = ("--dataset", "folder", "--data-root", "own", "--split", "test", "--workers", 0)
-    assert "no labels; --save DIR" in run_inside(evaluate, model, *data, fails=True)
+    assert "no labels; --save or --submit DIR" in run_inside(evaluate, model, *data, fails=True)
     done = run_inside(evaluate, model, *data, "--save", "maps")
     assert "mIoU" not in done and "1 label maps in maps/" in done
     saved = Image.open(tmp_path / "maps/deep/x.png")  # below the folder as the image is below its own
@@ -108,7 +105,7 @@ def test_save_and_submit(model, run_inside, tmp_path):
 
 def test_no_file_of_the_data_set_is_overwritten(model, run_inside, tmp_path):
     write_scene(tmp_path / "own/images/val", tmp_path / "own/annotations/val", "x", 0)
-    (tmp_path / "own/classes.txt").write_text("\n".join(CITYSCAPES))
+    (tmp_path / "own/classes.txt").write_text("\n".join(names_and_colours("cityscapes")[0]))
     before = [path.read_bytes() for path in sorted((tmp_path / "own").rglob("*.png"))]
     for folder in ("own/annotations/val", "own/images/val"):
         message = run_inside(evaluate, model, "--data-root", "own", "--save", folder, fails=True)

@@ -33,7 +33,7 @@ def test_resume_starts_a_run_and_continues_it(folder, tmp_path, run_inside):
 
 
 @pytest.mark.parametrize("world, accumulate", [(1, 4), (2, 2), (4, 1), (3, None), (8, None)])
-def test_the_images_per_step_stay_with_another_number_of_processes(world, accumulate, tmp_path, monkeypatch):
+def test_the_images_per_step_stay_with_another_number_of_processes(world, accumulate, tmp_path, monkeypatch, capsys):
     """Of a run that was begun by 4 processes with 2 images each."""
     settings = Settings(**defaults({}) | {"batch_size": 2, "effective_batch": 8})
     model = torch.nn.Linear(1, 1)
@@ -41,11 +41,13 @@ def test_the_images_per_step_stay_with_another_number_of_processes(world, accumu
     write_checkpoint(state, settings, tmp_path / "last.pt")
     monkeypatch.setattr(run, "rank_and_world", lambda: (0, world))
     if accumulate is None:
-        with pytest.raises(InputError, match=f"has 8 images per step, no multiple of these {2 * world}"):
+        with pytest.raises(InputError, match=f"has 8 images per step, no multiple of {2 * world}"):
             run.open_run(tmp_path, {}, resume=True)
     else:
-        settings, _ = run.open_run(tmp_path, {}, resume=True)
+        settings, _ = run.open_run(tmp_path, {"accumulate": 3}, resume=True)
         assert (settings.accumulate, settings.effective_batch) == (accumulate, 8)
+        note = f"note: --accumulate {accumulate}, since the run in {tmp_path} has 8 images per step"
+        assert capsys.readouterr().out.strip() == note
 
 
 TOGETHER = """
@@ -101,7 +103,7 @@ def test_kills_and_restarts_under_load(folder, tmp_path):
                 time.sleep(0.05)
             found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
             os.kill(int(found[kill % 2]), signal.SIGKILL)
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
     finally:
         for each in load:

@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, save_model
 
 README = (ROOT / "README.md").read_text()
 
@@ -45,6 +45,17 @@ def test_every_quotation_is_what_the_file_says():
             text = text[re.search(rf"^ *(?:def|class) {part}\b", text, re.M).start() :]
         indents = re.findall(rf"^( *){re.escape(quoted.splitlines()[0])}$", text, re.M)
         assert any(textwrap.indent(quoted, indent) in text for indent in indents), (name, quoted)
+
+
+def test_the_python_lines_run(tmp_path, monkeypatch):
+    (tmp_path / "runs/gcnet-r18-shapes").mkdir(parents=True)
+    save_model(tmp_path / "runs/gcnet-r18-shapes/best.pt", "gcnet")
+    monkeypatch.chdir(tmp_path)
+    values = {}
+    (lines,) = re.findall("```python\n(.*?)```", README, re.S)
+    exec(lines.replace("512, 683", "40, 52"), values)
+    assert values["probabilities"].shape == (2, 3, 40, 52) and values["logits"].shape == (2, 3, 5, 7)
+    assert (values["probabilities"].sum(1) - 1).abs().max() < 1e-5 and values["loss"].requires_grad
 
 
 def test_uv_and_pip_install_the_same():

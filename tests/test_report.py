@@ -55,7 +55,7 @@ def test_the_page_holds_the_figures(out):
         assert values["curves"][name] == [[line["iteration"], line[name]] for line in lines if name in line]
     assert values["IoU"] == [[10, IOU[10]], [20, IOU[20]]]
     assert [i for i, _ in values["pictures"]] == [10, 20]
-    first, second = (Image.open(io.BytesIO(base64.b64decode(jpeg))) for _, jpeg in values["pictures"])
+    first, second = (Image.open(io.BytesIO(base64.b64decode(png))) for _, png in values["pictures"])
     assert first.size == (30, 20) and first.getpixel((15, 10))[0] > 250 and second.getpixel((15, 10))[2] > 250
 
 
@@ -73,11 +73,10 @@ def test_long_curves_are_thinned_evenly_to_their_end():
     assert {after[0] - before[0] for before, after in zip(points, points[1:], strict=False)} == {3}
 
 
-def test_what_is_missing_or_damaged_is_left_out(out):
+def test_what_is_missing_is_left_out(out):
     lines = [{name: line[name] for name in line if name != "IoU"} for line in make_log()]  # of an older version
     lines[0]["loss"], lines[1]["loss"], lines[2]["loss"] = float("nan"), None, "0.1"
-    whole = (out / "samples/000020.png").read_bytes()
-    (out / "samples/000010.png").write_bytes(whole[: len(whole) // 2])
+    (out / "samples/000010.png").unlink()
     values = write(out, lines)
     assert values["IoU"] == [] and [i for i, _ in values["pictures"]] == [20]
     assert values["curves"]["loss"][0] == [3, 0.25] and len(values["curves"]["lr"]) == 40

@@ -1,5 +1,6 @@
 """The settings, from their one declaration: what --help shows, and what a resumed run keeps."""
 
+import contextlib
 import dataclasses
 import re
 import sys
@@ -18,7 +19,7 @@ from support.settings import PRESETS, Settings
 def parse(tmp_path, monkeypatch):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--out", str(tmp_path / "run")])
-        given, out, resume, _ = settings.parse("About it.")
+        given, out, resume, _ = settings.parse_arguments("About it.")
         return open_run(out, given, resume)[0], out
 
     return run
@@ -28,7 +29,7 @@ def begin(out, given):
     """A run's folder after its first saving."""
     model = torch.nn.Linear(1, 1)
     state = State(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False))
-    with Run(out, given, 0) as run:
+    with contextlib.closing(Run(out, given, 0)) as run:
         run.save(state)
 
 
@@ -37,11 +38,11 @@ def test_help_shows_the_true_defaults(given, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where no run stands in the default folder
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
-    given_settings, out, resume, _ = settings.parse("")
+    given_settings, out, resume, _ = settings.parse_arguments("")
     parsed, _ = open_run(out, given_settings, resume)
     monkeypatch.setattr(sys, "argv", ["train.py", *given, "--help"])
     with pytest.raises(SystemExit):
-        settings.parse("")
+        settings.parse_arguments("")
     text = capsys.readouterr().out
     for field in dataclasses.fields(Settings):
         if not field.metadata["help"]:
@@ -58,14 +59,14 @@ def test_help_shows_the_true_defaults(given, tmp_path, monkeypatch, capsys):
 def test_presets_are_the_published_recipes():
     for name in ("cityscapes", "cityscapes769", "ade20k", "voc12aug"):
         assert PRESETS[name].lr == 0.01 and PRESETS[name].depth == 50
-        assert PRESETS[name].images == 4 * PRESETS[name].batch_size == (8 if "city" in name else 16)
+        assert PRESETS[name].images_per_step == 4 * PRESETS[name].batch_size == (8 if "city" in name else 16)
     assert PRESETS["cityscapes769"].data is PRESETS["cityscapes"].data
 
 
 @pytest.mark.parametrize("depth, weights", [(18, "imagenet"), (34, "none"), (50, "imagenet"), (101, "imagenet")])
 def test_where_there_are_imagenet_weights_they_are_the_default(depth, weights, parse):
     for name in PRESETS:
-        drawn = name in settings.DRAWN  # with which a run needs no downloads
+        drawn = name in ("shapes", "context", "legend")  # with which a run needs no downloads
         assert parse("--dataset", name, "--depth", str(depth))[0].pretrained == ("none" if drawn else weights)
 
 
@@ -99,11 +100,12 @@ def test_config_json_is_for_people(parse):
     "words, message",
     [
         ("--lr 0", "--lr: 0 is not a finite number above 0"),
-        ("--iters 0", "--iters: 0 is too few"),
+        ("--iters 0", "--iters: 0 is not a whole number from 1"),
         ("--seed -1", "--seed: -1 is not a whole number"),
         ("--model unet", "--model: invalid choice: 'unet'"),
         ("--blocks gc16 everywhere", "--blocks gc16 everywhere: there is no such block and place"),
-        ("--data-root=", "--data-root= .*: an argument is empty"),
+        ("--data-root=", "--data-root=: is empty"),
+        ("--iter 20", "unrecognized arguments: --iter 20"),
         ("--init a --pretrained none", "a run starts from one of them"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
     ],
@@ -116,11 +118,12 @@ def test_a_mistake_on_the_command_line_is_one_line(words, message, parse):
 def test_the_batch_is_compared_with_the_published_recipe(parse, monkeypatch):
     monkeypatch.setattr(run, "rank_and_world", lambda: (0, 2))
     for words, expected in (
-        (("--dataset", "ade20k"), "--batch-size 8, or --lr 0.005"),
+        (("--dataset", "ade20k"), "give --batch-size or --accumulate for as many, or --lr 0.005"),
         (("--dataset", "ade20k", "--batch-size", "8"), None),
         (("--dataset", "folder"), None),
     ):
         config, out = parse(*words)
         _, first, *others = run.describe(config, 100, 0, out, torch.device("cpu")).splitlines()
-        assert first == f"2 x {config.batch_size} x 1 = {2 * config.batch_size} images per step; BatchNorm, cpu"
-        assert others == ([f"the published recipe has 16 images per step; to match it: {expected}"] if expected else [])
+        parts = f"2 (processes) x {config.batch_size} (--batch-size) x 1 (--accumulate)"
+        assert first == f"{2 * config.batch_size} images per step: {parts}; BatchNorm, cpu"
+        assert others == ([f"the published recipe has 16 images per step; {expected}"] if expected else [])

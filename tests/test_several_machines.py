@@ -105,7 +105,7 @@ def test_the_machine_of_rank_0_is_lost(two, tmp_path):
         os.kill(pid, signal.SIGKILL)
     assert finish(agents, tmp_path)[0] == 0
     assert max(line["iteration"] for line in read_log(tmp_path / "run")) == 30
-    assert "1 x 2 x 2 = 4 images per step" in (tmp_path / "a.txt").read_text()
+    assert "4 images per step: 1 (processes) x 2 (--batch-size) x 2 (--accumulate)" in (tmp_path / "a.txt").read_text()
 
 
 def test_stopped_and_continued(two, whole, tmp_path):

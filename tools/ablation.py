@@ -1,12 +1,11 @@
-"""The ablation: every model on one set of drawn scenes, with several seeds and one recipe, as tables in Markdown.
+"""The ablation: every model on one set of drawn scenes, with several seeds and one recipe, as a table in Markdown.
 
     python -m tools.ablation                              # 15 runs below runs/ablation/, on two CPU cores under an hour
     python -m tools.ablation --dataset legend             # where the query matters; over an hour
     python -m tools.ablation --model fcn gcnet --seeds 1  # finished runs are not run again, stopped ones are continued
 
-mIoU is the mean over the seeds, with the lowest and the highest; multiply-adds are those of one image in eval mode;
-images/s are what the training took in. The second table is the share of pixels that are classified right, for each
-seed, in those objects whose class the other end of a scene decides.
+mIoU is the mean over the seeds, with the lowest and the highest. For each form of those objects whose class the other
+end of a scene decides: the percentage of their pixels that are classified right, with each seed.
 """
 
 import signal
@@ -14,20 +13,19 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from data import open_data
 from evaluate import predict
 from support.checkpoint import load_model, read_checkpoint
 from support.command import InputError, Parser, positive, run_command
 from support.fast import for_inference
+from support.images import VOID
 from support.run import read_log
-from support.scenes import LEGEND_FORMS, decided_by_far_end
-from support.settings import PRESETS, Settings, defaults
+from support.scenes import LEGEND_FORMS
+from support.settings import PRESETS, defaults, refuse_changes
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 MODELS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")  # the baseline first
@@ -37,7 +35,8 @@ def train(out, given):
     """Trains the run with the settings `given` in the folder `out`; continues it if it was stopped, and does nothing if
     it is finished. Raises InputError if the folder holds another run, or the training ends early."""
     if (out / "last.pt").exists():
-        refuse_another_run(out, given)
+        expected = {"blocks": None, "class_weights": None, "init": None} | defaults(given) | given
+        refuse_changes(expected, read_checkpoint(out / "last.pt")["settings"], out)
         if given["iters"] in validations(out):
             return
     options = [f"--{name}={value}" for name, value in given.items()]
@@ -45,22 +44,11 @@ def train(out, given):
     try:
         process.wait()
     except KeyboardInterrupt:
-        process.terminate()  # as Ctrl-C, which it has received too, this has it save
+        process.terminate()  # as Ctrl-C, which it has received too, this makes it save
         process.wait()
         raise
     if process.returncode:
         raise InputError(f"{out}: its training ended early, see above; repeat the command to continue it")
-
-
-def refuse_another_run(out, given):
-    """Raises InputError if the run in a folder has other settings than those `given` and the data set's defaults."""
-    settings = read_checkpoint(out / "last.pt")["settings"]
-    expected = Settings(**defaults(given) | given)
-    expected.effective_batch = expected.batch_size  # one process trains
-    for each in fields(Settings):
-        had, wanted = getattr(settings, each.name), getattr(expected, each.name)
-        if had != wanted and not each.metadata["free"] and each.name not in ("classes", "palette"):
-            raise InputError(f"{out}: holds a run with {each.name} {had}, not {wanted}; name another --out")
 
 
 def validations(out):
@@ -69,29 +57,16 @@ def validations(out):
 
 
 def results_table(runs, iters):
-    """Rows of cells, the head first, from {model: folders of its runs}."""
-    rows = [["model", "mIoU", "lowest, highest", "parameters (M)", "multiply-adds (G)", "images/s"]]
+    """The lines of a Markdown table of {model: folders of its runs}."""
+    lines = []
     for model, folders in runs.items():
         mious = [validations(out)[iters] for out in folders]
-        speeds = [line["images_per_second"] for out in folders for line in read_log(out) if "loss" in line]
-        network, settings = load_model(folders[0] / "last.pt")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network.eval()(torch.zeros(1, 3, *settings.crop_size))
-        parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-        multiply_adds = counter.get_total_flops() / 2e9
-        cells = [f"{statistics.mean(mious):.1f}", f"{min(mious):.1f}, {max(mious):.1f}"]
-        cells += [f"{parameters:.2f}", f"{multiply_adds:.3f}", f"{statistics.median(speeds):.1f}"]
-        rows.append([model, *cells])
-    return rows
-
-
-def forms_table(runs):
-    """Rows of cells: right_by_form of each model's runs, in percent."""
-    rows = []
-    for model, folders in runs.items():
         shares = [right_by_form(out) for out in folders]
-        rows.append([model, *(", ".join(f"{100 * share[form]:.0f}" for share in shares) for form in shares[0])])
-    return [["right, by form (%)", *shares[0]], *rows]
+        forms = [", ".join(f"{100 * share[form]:.0f}" for share in shares) for form in shares[0]]
+        cells = [model, f"{statistics.mean(mious):.1f}", f"{min(mious):.1f}, {max(mious):.1f}", *forms]
+        lines.append(f"| {' | '.join(cells)} |")
+    head = f"| model | mIoU | lowest, highest | {' | '.join(shares[0])} |"
+    return [head, "|---" + "|--:" * (head.count("|") - 2) + "|", *lines]
 
 
 def right_by_form(out):
@@ -113,9 +88,13 @@ def right_by_form(out):
     return {form: right[form] / count[form] for form in LEGEND_FORMS if count[form]}
 
 
-def markdown(rows):
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([lines[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+def decided_by_far_end(dataset, image, label):
+    """Where the other end of a scene of "context" or "legend" decides the class, and nothing nearer: bool (H, W). image
+    is uint8 (H, W, 3), label uint8 (H, W)."""
+    if dataset == "context":
+        return (label > 2) & (label != VOID)
+    grey = image.amax(2).int() - image.amin(2) < 64  # noise included
+    return grey & (label > 0) & (label != VOID)
 
 
 def main():
@@ -136,8 +115,7 @@ def main():
         for model, folders in runs.items():
             given = {"dataset": args.dataset, "model": model, "seed": seed, "iters": iters, "amp": args.amp}
             train(folders[seed], given)
-    tables = (results_table(runs, iters), forms_table(runs))
-    print(*map(markdown, tables), sep="\n\n")
+    print(*results_table(runs, iters), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,14 @@
 """Where does a pixel look? A context block's attention as pictures, as a page to explore, and in GCNet's numbers.
 
     python -m tools.attention                                           # the newest run, on images of its own data set
-    python -m tools.attention runs/A/best.pt photo.jpg --query 320 200  # the query of your choice, in pixels
-    python -m tools.attention runs/A/best.pt runs/B/best.pt photos/ --html
+    python -m tools.attention runs/A/best.pt --images photo.jpg --query 320 200    # the query of your choice, in pixels
+    python -m tools.attention runs/A/best.pt runs/B/best.pt --images photos/ --html
     python -m tools.attention runs/A/best.pt --statistics               # does attention depend on the query?
 
-Writes OUT/NAME.png for each image: a row for each block (a column, if the image is wide), and in it a panel for each
-query point, as in figure 1 of GCNet. --html writes OUT/attention.html too, a page of one file, where the pointer is the
-query. --statistics prints mean cosine distances, as GCNet's authors published them. Where attention's is 0, it does not
-depend on the query: by design in GC, and in a non-local block also while its weights for all positions are still alike.
-
-    block        position i weighs            by
-    Non-local    all positions j              softmax_j(theta(x_i) . phi(x_j) / sqrt(channels))
-    SNL, GC      all positions j              softmax_j(W_k x_j), whatever i is
-    AFNB, APNB   110 samples s (ANN)          softmax_s(query_i . key_s), shown on the positions that s averages
+Writes OUT/NAME.png for each image: a column for each block, and in it a panel for each query point, as in figure 1 of
+GCNet; ANN's samples are shown on the positions that they average. --html writes OUT/attention.html too, a page of one
+file, where the pointer is the query. --statistics prints mean cosine distances, as in section 3.2 of GCNet. Where that
+of attention is 0, it does not depend on the query: by design in GC, in others while all its weights are still alike.
 """
 
 import base64
@@ -35,16 +30,15 @@ from ann import AFNB, APNB, AsymmetricNonLocalBlock, PyramidPooling
 from evaluate import data_of, predict
 from gcnet import GCBlock, SimplifiedNonLocalBlock
 from nonlocal_net import NonLocalBlock
-from support import zoo
 from support.checkpoint import load_model
-from support.command import InputError, Parser, run_command, whole_number
+from support.command import BAR, InputError, Parser, run_command, whole_number
 from support.files import refuse_existing, refuse_output_folder
 from support.images import read_image
 from support.layouts import find_images
 from support.pictures import INK, PAPER, save_png
 from support.processes import start_process
-from support.run import newest_checkpoint
 from support.settings import PRESETS
+from support.zoo import newest_checkpoint
 
 TITLES = {
     NonLocalBlock: "non-local block",
@@ -52,12 +46,6 @@ TITLES = {
     GCBlock: "GC block (one map for all queries)",
     AFNB: "AFNB (110 samples)",
     APNB: "APNB (110 samples)",
-}
-PUBLISHED = {  # by GCNet's authors, of trained embedded Gaussian blocks: input, attention, output
-    "COCO": (0.401, 0.020, 0.012),
-    "ImageNet": (0.358, 0.004, 0.003),
-    "Kinetics": (0.301, 0.115, 0.074),
-    "Cityscapes": (0.315, 0.383, 0.354),
 }
 POINTS = [(x / 6, y / 4) for y in (1, 3) for x in (1, 3, 5)]  # of the width and the height
 SIDE = 24  # of the page's grid of queries
@@ -168,7 +156,7 @@ def statistics(model, titles, data, settings):
     """{title: float64 (3,)}: the cosine distances of a block's inputs, attention and outputs, averaged over a data
     set's images (over windows, if the checkpoint is evaluated in windows)."""
     distances = {title: [] for title in titles.values()}
-    for i in tqdm(range(len(data)), leave=False, dynamic_ncols=True):
+    for i in tqdm(range(len(data)), leave=False, **BAR):
         for seen in observe(model, titles, data[i][0], settings):
             rows = ((part @ seen.key.T).softmax(1) for part in seen.query.split(256))
             kinds = ([seen.input.flatten(1).T], rows, [seen.output.flatten(1).T])
@@ -192,36 +180,28 @@ def heat(levels):
     return Image.fromarray(np.stack([np.interp(levels, stops, c) for c in np.transpose(RAMP)], -1).astype(np.uint8))
 
 
-def picture(image, points, blocks, gap=8):
-    """Pillow's picture of an image uint8 (H, W, 3) and what blocks (each a Seen) did with it: a row for each block, of
-    the image with the query points and a panel for each of these. If the image is wide, a column for each instead."""
-    photo, font = Image.fromarray(image.numpy()), ImageFont.load_default(14)
-    wide = photo.width > 3 * photo.height
-    longer_side, head = (300, 124) if wide else (224, 24)  # of a panel; the height of the text over a block's panels
-    width, height = (max(round(side * longer_side / max(photo.size)), 1) for side in photo.size)
-    right, down = width + gap, height + gap  # from one panel to the next
-    if wide:
-        size = (gap + len(blocks) * right, gap + head + (1 + len(points)) * down)
-    else:
-        size = (max(gap + (1 + len(points)) * right, 960), gap + len(blocks) * (head + down))  # the text needs 960
+def picture(image, points, blocks, width=300, head=124, gap=8):
+    """Pillow's picture of an image uint8 (H, W, 3) and what blocks (each a Seen) did with it: a column for each block,
+    of the image with the query points and a panel of this width for each of these, below a head of text."""
+    font = ImageFont.load_default(14)
+    height = max(round(width * image.shape[0] / image.shape[1]), 1)
+    photo = Image.fromarray(image.numpy()).resize((width, height))
+    grey = photo.convert("L").convert("RGB")
+    size = gap + len(blocks) * (width + gap), gap + head + (1 + len(points)) * (height + gap)
     canvas = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(canvas)
-    photo = photo.resize((width, height))
-    grey = photo.convert("L").convert("RGB")
     for number, seen in enumerate(blocks):
-        left, top = (gap + number * right, gap) if wide else (gap, gap + number * (head + down))
+        left = gap + number * (width + gap)
         weights, maps = attention(seen, points)
         shades, brightest = levels(maps)
+        pen.text((left, gap), "0", INK, font)
+        canvas.paste(heat(np.arange(256)[None]).resize((100, 14)), (left + 14, gap + 2))
+        pen.text((left + 120, gap), brightest, INK, font)
         distance = f"distance between the queries' weights: {cosine_distance([weights]):.3f} (0: alike)"
-        pen.text((left, top), "0", INK, font)
-        canvas.paste(heat(np.arange(256)[None]).resize((100, 14)), (left + 14, top + 2))
-        if wide:
-            lines = textwrap.wrap(distance, 44) + textwrap.wrap(seen.title, 44)
-            pen.text((left, top + 20), "\n".join(lines), INK, font)
-        pen.text((left + 120, top), brightest if wide else f"{brightest}      {distance}      {seen.title}", INK, font)
+        pen.text((left, gap + 20), "\n".join(textwrap.wrap(distance, 44) + textwrap.wrap(seen.title, 44)), INK, font)
         coloured = [heat(shade).resize((width, height), Image.Resampling.NEAREST) for shade in shades]
         for i, panel in enumerate([photo, *(Image.blend(grey, layer, 0.75) for layer in coloured)]):
-            corner = (left, top + head + i * down) if wide else (left + i * right, top + head)
+            corner = left, gap + head + i * (height + gap)
             canvas.paste(panel, corner)
             for query in range(len(points)) if i == 0 else [i - 1]:
                 x, y = corner + np.multiply(points[query], (width, height))
@@ -260,7 +240,8 @@ def explorable(name, image, blocks):
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="checkpoints, also published names; images, folders, patterns")
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="file, folder, URL or published name (default: newest)")
+    add("--images", nargs="+", metavar="IMAGE", help="files, folders or patterns (default: the data set's first four)")
     add("--query", type=whole_number, nargs=2, action="append", metavar=("X", "Y"), help="a pixel; may be repeated")
     add("--html", action="store_true", help="write the page as well")
     add("--statistics", action="store_true", help="instead print mean cosine distances over a data set")
@@ -270,16 +251,10 @@ def parse_arguments():
     parser.add_device()
     add("--out", default="attention", help="the folder to write to (default: attention)")
     parser.add_overwrite()
-    args = parser.parse_intermixed_args()
-    args.checkpoints = [name for name in args.files if is_checkpoint(name)]
-    args.images = [name for name in args.files if name not in args.checkpoints]
+    args = parser.parse_args()
     if args.statistics and args.images:
         raise InputError(f"{args.images[0]}: --statistics goes over a data set: --dataset, --data-root, --split")
     return args
-
-
-def is_checkpoint(name):
-    return name in zoo.published() or zoo.file_in_folder(Path(name)).suffix in (".pt", ".pth", ".safetensors")
 
 
 def images_of(args, settings):
@@ -288,7 +263,9 @@ def images_of(args, settings):
         found = find_images(args.images, args.out)
         return [(name, path, partial(read_image, path)) for name, path in found.items()]
     data = data_of(settings, args)
-    return [(f"{args.split}{i}", data.files[i][0], lambda i=i: data[i][0]) for i in range(min(4, len(data)))]
+    paths = [path for path, _ in data.files[:4]]
+    names = [path.relative_to(data.tree) if data.tree else Path(path.name) for path in paths]
+    return [(str(name.with_suffix("")), paths[i], lambda i=i: data[i][0]) for i, name in enumerate(names)]
 
 
 def query_points(query, path, image):
@@ -305,7 +282,6 @@ def print_statistics(models, args):
     rows = {}
     for model, titles, settings in models:
         rows |= statistics(model, titles, data, settings)
-    rows |= {f"published: {task}": row for task, row in PUBLISHED.items()}
     width = max(map(len, rows))
     print(f"mean cosine distance over all pairs of positions; mean of {len(data)} images (split {args.split})")
     print(f"{'':<{width}}{'input':>11}{'attention':>11}{'output':>11}")
@@ -320,7 +296,7 @@ def write_pictures(models, args):
     refuse_output_folder(out, [path for _, path, _ in images])
     refuse_existing([out / f"{name}.png" for name, _, _ in images] + [page] * args.html, args.overwrite)
     shown = []
-    for name, path, read in tqdm(images, leave=False, dynamic_ncols=True):
+    for name, path, read in tqdm(images, leave=False, **BAR):
         image = read()
         points = query_points(args.query, path, image) if args.query else POINTS
         blocks = []

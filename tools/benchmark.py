@@ -1,4 +1,4 @@
-"""Speed, memory and size of the models, measured on what evaluate.py and train.py run.
+"""Speed and memory of the models, measured on what evaluate.py and train.py run.
 
     python -m tools.benchmark infer --model gcnet --size 512 683  # one image; --slide H W SH SW: by windows
     python -m tools.benchmark train --model ann --size 256 256 --batch 2 --amp bf16
@@ -29,7 +29,7 @@ from torch import nn
 
 from ann import APNB
 from data import TrainData, distort_and_normalise, open_data
-from evaluate import inference, predict
+from evaluate import predict
 from gcnet import GCBlock
 from nonlocal_net import NonLocalBlock
 from resnet_d8 import ResNetD8
@@ -37,7 +37,6 @@ from support import zoo
 from support.checkpoint import build_model
 from support.command import InputError, Parser, positive, run_command, whole_number
 from support.fast import for_inference
-from support.files import refuse_existing
 from support.settings import AMP, MODELS, PRESETS, Settings
 from train import training_step
 
@@ -68,7 +67,7 @@ def peak_memory():
 
 
 def reset_peak_memory():
-    """Has peak_memory begin with what is in use now."""
+    """Lets peak_memory begin with what is in use now."""
     if DEVICE.type == "cuda":
         return torch.cuda.reset_peak_memory_stats()
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, so that it counts when used again
@@ -149,20 +148,17 @@ def data(args):
         return timed(lambda: [samples[next(position), i] for i in range(4)], args)
 
 
-TABLE_HEAD = """Published: fps of one image at test size on a V100, fp32; peak memory of training on a GPU, 2 images
-(Cityscapes) or 4. Here: {device}, {settings}; fps and peak memory of `infer`, one image at test size, and on a GPU the
-peak memory of `train`.
+TABLE_HEAD = """Here: {device}, {precision}; images per second (fps) and peak memory of `infer`, one image at test size,
+and, on a GPU, the peak memory of `train`. Published: fps on a V100, fp32; training 2 images (Cityscapes) or 4.
 
-| model | setting | params (M) | multiply-adds (G) | fps | GB | training GB | published fps | published training GB |
-|---|---|--:|--:|--:|--:|--:|--:|--:|"""
+| model | setting | fps | published | GB | training GB | published |
+|---|---|--:|--:|--:|--:|--:|"""
 
 
 def table(args):
     """Prints the models at the settings published for them; each measurement is a process of its own."""
-    gpu = DEVICE.type == "cuda"
-    device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads of this CPU"
-    settings = args.amp.replace("none", "fp32") + ", compiled" * args.compile
-    print(TABLE_HEAD.format(device=device, settings=settings))
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+    print(TABLE_HEAD.format(device=device, precision=args.amp.replace("none", "fp32") + ", compiled" * args.compile))
     rows = {}
     for name, figures in zoo.published().items():
         model, depth, crop, dataset = re.match(r"([a-z]+)_r(\d+)-d8_(\d+)x\d+_\d+k_(\w+)", name).groups()
@@ -173,30 +169,16 @@ def table(args):
 
 
 def table_row(model, depth, dataset, figures, args):
-    preset, size, classes = PRESETS[dataset], TEST_SIZES[dataset], CLASSES[dataset]
-    with torch.device("meta"):
-        empty = MODELS[model](classes, depth, preset.align_corners).eval()
-        count = multiply_adds(empty, torch.empty(1, 3, *size), preset.crop_size, preset.stride)
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
-    cells = [f"{model} R-{depth}", dataset, f"{parameters / 1e6:.1f}", f"{count / 1e9:.0f}"]
-    options = ["--model", model, "--depth", depth, "--classes", classes, "--amp", args.amp]
+    preset = PRESETS[dataset]
+    options = ["--model", model, "--depth", depth, "--classes", CLASSES[dataset], "--amp", args.amp]
     options += ["--align-corners"] * preset.align_corners + ["--compile"] * args.compile
     slide = ["--slide", *preset.crop_size, *preset.stride] if preset.stride else []
-    inferred = measure(args, "infer", "--size", *size, *slide, *options)
-    cells += [f"{inferred['images_per_second']:.3g}", f"{inferred['peak_memory_gb']:.1f}", "-"]
+    inferred = measure(args, "infer", "--size", *TEST_SIZES[dataset], *slide, *options)
+    cells = [f"{inferred['images_per_second']:.3g}", f"{figures['fps']}", f"{inferred['peak_memory_gb']:.1f}", "-"]
     if DEVICE.type == "cuda":
         trained = measure(args, "train", "--size", *preset.crop_size, "--batch", preset.batch_size, *options)
         cells[-1] = f"{trained['peak_memory_gb']:.1f}"
-    return f"| {' | '.join(cells)} | {figures['fps']} | {figures['memory_gb']} |"
-
-
-def multiply_adds(model, images, crop_size=None, stride=None):
-    """Of evaluate.inference, with model and images on the meta device, which counts without computing."""
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it takes 70 MB, which memory figures would hold
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        inference(model, images, crop_size, stride)
-    return counter.get_total_flops() / 2
+    return f"| {model} R-{depth} | {dataset} | {' | '.join(cells)} | {figures['memory_gb']} |"
 
 
 def measure(args, *task):
@@ -210,35 +192,19 @@ def measure(args, *task):
 
 
 def grow(args):
-    """Time and memory of the blocks in eval mode at 512 channels, batch 1, from 24^2 to 181^2 positions; a picture."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("the picture needs matplotlib: pip install matplotlib") from None
-    refuse_existing([Path(args.out)], args.overwrite)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    plots = figure.subplots(1, 2)
-    print(f"{'block':<12}{'positions':>10}{'ms':>10}{'MB':>10}")
+    """Prints time and memory of the blocks in eval mode at 512 channels, batch 1, from 24^2 to 181^2 positions."""
+    print("| block | positions | ms | MB beside the input |\n|---|--:|--:|--:|")
     for name, block in {"NL": NonLocalBlock(512), "ANN (APNB)": APNB(512, 256), "GC": GCBlock(512)}.items():
         block.eval().to(DEVICE, memory_format=torch.channels_last)
-        times, memories = [], []
         for side in SIDES:
             x = torch.randn(1, 512, side, side, device=DEVICE).contiguous(memory_format=torch.channels_last)
             with torch.inference_mode():
-                times.append(1e3 * timed(partial(block, x), args))
+                milliseconds = 1e3 * timed(partial(block, x), args)
                 reset_peak_memory()
                 before = peak_memory()
                 block(x)
-                memories.append((peak_memory() - before) / 2**20)
-            print(f"{name:<12}{side**2:>10}{times[-1]:>10.1f}{memories[-1]:>10.1f}", flush=True)
-        for axes, values in zip(plots, (times, memories), strict=True):
-            axes.loglog([side**2 for side in SIDES], values, marker=".", label=name)
-    for axes, unit in zip(plots, ("ms", "MB beside the input"), strict=True):
-        axes.set(xlabel="positions (H x W at 1/8)", ylabel=unit)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(args.out)
-    print(args.out)
+            megabytes = (peak_memory() - before) / 2**20
+            print(f"| {name} | {side**2} | {milliseconds:.1f} | {megabytes:.1f} |", flush=True)
 
 
 TASKS = {"infer": infer, "aug": infer, "train": train, "data": data, "table": table, "grow": grow}
@@ -252,17 +218,15 @@ def parse_arguments():
     add("--depth", type=int, choices=tuple(ResNetD8.BLOCKS), default=50, help="of the ResNet (default: 50)")
     add("--classes", type=positive, default=150, help="default: 150")
     add("--size", type=positive, nargs=2, metavar=("H", "W"), default=[512, 512], help="of an image (default: 512 512)")
-    add("--batch", type=positive, default=1, help="images of a training step, or to infer one by one (default: 1)")
+    add("--batch", type=positive, default=1, help="images of a step, or to infer one by one (default: 1)")
     add("--align-corners", action="store_true", help="resize logits as the 769x769 settings do")
     add("--slide", type=positive, nargs=4, metavar=("H", "W", "SH", "SW"), help="windows: their size and stride")
-    add("--dataset", choices=("ade20k", "cityscapes"), default="ade20k", help="of data (default: ade20k)")
+    add("--dataset", choices=("ade20k", "cityscapes"), default="ade20k", help="for the task data (default: ade20k)")
     add("--cache", action="store_true", help="data: from decoded images, as train.py --cache")
     add("--amp", choices=AMP, default="none", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile")
     add("--warmup", type=whole_number, default=1, help="runs before the first that counts (default: 1)")
     add("--repeat", type=positive, default=3, help="runs that count (default: 3)")
-    add("--out", default="growth.svg", help="grow's picture (default: growth.svg)")
-    parser.add_overwrite()
     add("--json", action="store_true", help="print one line of JSON")
     return parser.parse_args()
 

@@ -1,8 +1,7 @@
 """Turns masks of grey values or colours into masks of class indices, by a table. The masks themselves stay as they are.
 
-    python -m tools.convert_masks masks/                          # prints a table of the values in the masks
-    python -m tools.convert_masks masks/ --propose table.txt      # writes it to a file, whose names you then edit
-    python -m tools.convert_masks masks/ --table table.txt        # writes indices/**/*.png and indices/classes.txt
+    python -m tools.convert_masks masks/   # writes table.txt, the values in the masks; edit the names there
+    python -m tools.convert_masks masks/   # now that it exists: writes indices/**/*.png and indices/classes.txt
 
 A line of the table is a value and the name of its class; # begins a comment:
 
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support.command import InputError, Parser, run_command
+from support.command import BAR, InputError, Parser, run_command
 from support.files import refuse_existing
 from support.images import INVALID, VOID, open_image
 from support.layouts import find_images, read_lines
@@ -52,7 +51,7 @@ def read_mask(path):
 def count_values(paths):
     """(Counter of the pixels that have each value, {value: the first mask that holds it}) of all masks together."""
     pixels, first = Counter(), {}
-    for path in tqdm(paths, "reading", leave=False, dynamic_ncols=True):
+    for path in tqdm(paths, "reading", leave=False, **BAR):
         values, which = read_mask(path)
         pixels.update(dict(zip(values, np.bincount(which.flat).tolist(), strict=True)))
         first.update({value: path for value in values if value not in first})
@@ -65,9 +64,12 @@ def as_text(value):
 
 def propose_table(paths):
     """The text of a table of the values in the masks."""
-    pixels, _ = count_values(paths)
+    pixels, first = count_values(paths)
     values = sorted(pixels)
     lines = [f"# {len(paths)} masks, {len(values)} values. Edit the names: the first is class 0, void is no class."]
+    grey = [value for value in values if len(value) == 1]
+    if 0 < len(grey) < len(values):
+        lines.append(f"# Not all masks have colours: {first[grey[0]]} has grey values.")
     jpegs = sum(path.suffix.lower() in (".jpg", ".jpeg") for path in paths)
     if jpegs or len(values) > INVALID:
         values = [value for value in values if pixels[value] >= RARE * pixels.total()]
@@ -102,8 +104,8 @@ def read_table(path):
         if name not in names:
             names.append(name)
         table[value] = names.index(name)
-    if not 1 <= len(names) <= INVALID:
-        raise InputError(f"{path}: names {len(names)} classes; there may be 1 to {INVALID}")
+    if not 2 <= len(names) <= INVALID:
+        raise InputError(f"{path}: names {len(names)} classes, not 2 to {INVALID}; name the background")
     return table, names
 
 
@@ -114,9 +116,9 @@ def add_unnamed_values(table, path, masks, nearest):
     unnamed = [value for value, _ in pixels.most_common() if value not in table]
     added = {}
     for value in unnamed:
-        alike = [other for other in table if len(other) == len(value)]  # grey values, or colours
+        alike = [other for other in table if len(other) == len(value)]  # grey values, colours, or colours with alpha
         if not (nearest and alike):
-            others = f", nor {len(unnamed) - 1} other values" if unnamed[1:] else ""
+            others = f", nor {len(unnamed) - 1} more" if unnamed[1:] else ""
             raise InputError(
                 f"{first[value]}: holds the value {as_text(value)} ({pixels[value]} pixels in all masks), which {path} "
                 f"does not name{others}; add a line for it, or --nearest if compression (JPEG) or smoothing has made it"
@@ -124,53 +126,47 @@ def add_unnamed_values(table, path, masks, nearest):
         added[value] = table[min(alike, key=lambda other: math.dist(other, value))]
     if added:
         part = sum(pixels[value] for value in added) / pixels.total()
-        print(f"{len(added)} values that {path} does not name, {part:.2%} of the pixels: the class of the nearest")
+        text = (
+            f"{len(added)} values that {path} does not name, {part:.2%} of the pixels, such as in {first[unnamed[0]]}"
+        )
+        print(f"{text}: the class of the nearest")
     return table | added
 
 
 def convert(args, masks):
     """Writes the masks {name: path} as class indices below --out, and the classes' names to classes.txt."""
     table, names = read_table(args.table)
-    in_data_set = args.out.name == "annotations"  # whose classes.txt stands beside it
-    listed = (args.out.parent if in_data_set else args.out) / "classes.txt"
+    listed = args.out / "classes.txt"
     if listed.resolve() == args.table.resolve():
         raise InputError(f"{listed}: the list of the classes would replace the table; name another --out")
     refuse_existing([listed, *(args.out / f"{name}.png" for name in masks)], args.overwrite)
     table = add_unnamed_values(table, args.table, masks.values(), args.nearest)
-    for name, path in tqdm(masks.items(), "converting", leave=False, dynamic_ncols=True):
+    for name, path in tqdm(masks.items(), "converting", leave=False, **BAR):
         values, which = read_mask(path)
         indices = np.array([table[value] for value in values], np.uint8)
         save_png(Image.fromarray(indices[which]), args.out / f"{name}.png")
     listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    print(f"{args.out}: {len(masks)} masks of {len(names)} classes, which {listed} names")
-    following = f"check_data --data-root {args.out.parent}" if in_data_set else f"split IMAGES {args.out} --out DIR"
-    print(f"next: python -m tools.{following}")
+    print(f"{args.out}: {len(masks)} masks of {len(names)} classes by {args.table}; {listed} names them")
+    print(f"next: python -m tools.split IMAGES {args.out} --out DIR")
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("masks", help="the folder of the masks; subfolders are fine")
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--propose", type=Path, metavar="FILE", help="write a table of the values to this file")
-    given.add_argument("--table", type=Path, metavar="FILE", help="convert by this table")
+    text = "convert by this table; write it if there is none (default: table.txt)"
+    parser.add_argument("--table", type=Path, default=Path("table.txt"), metavar="FILE", help=text)
     text = "the folder for the converted masks (default: indices)"
     parser.add_argument("--out", type=Path, default=Path("indices"), metavar="DIR", help=text)
     parser.add_argument("--nearest", action="store_true", help="values that the table lacks: the class of the nearest")
     parser.add_overwrite()
     args = parser.parse_args()
     masks = find_images([args.masks], args.out)
-    if args.table:
+    if args.table.exists():
         convert(args, masks)
         return
-    if args.propose:
-        refuse_existing([args.propose], args.overwrite)
     table = propose_table(masks.values())
-    print(table, end="")
-    if args.propose:
-        args.propose.write_text(table, encoding="utf-8")
-        print(f"# next, when edited: python -m tools.convert_masks {args.masks} --table {args.propose}")
-    else:
-        print("# next: the same with --propose FILE, which writes these lines to a file")
+    args.table.write_text(table, encoding="utf-8")
+    print(f"{table}{args.table}: this table; edit the names there, then give the same command again")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from evaluate import predict
 from support.checkpoint import load_model
-from support.command import Parser, run_command
+from support.command import BAR, Parser, run_command
 from support.fast import for_inference
 from support.files import refuse_existing
 from support.images import read_image
 from support.layouts import find_images
 from support.pictures import colour, save_png, with_legend
 from support.processes import start_process
-from support.run import newest_checkpoint
+from support.zoo import newest_checkpoint
 
 
 def paths(out, name):
@@ -41,7 +41,7 @@ def save(image, labels, settings, files):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
-    parser.add_argument("--checkpoint", help="file, folder, URL or published name (default: runs/'s newest best.pt)")
+    parser.add_argument("--checkpoint", help="file, folder, URL or published name (default: newest in runs/)")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_stride()
     parser.add_device()
@@ -55,7 +55,7 @@ def main():
     device = start_process(args.device)
     model, settings = load_model(args.checkpoint or newest_checkpoint(), args.stride)
     model = for_inference(model, device)
-    with tqdm(images.items(), "predicting", dynamic_ncols=True) as bar:  # whose line ends before an error is printed
+    with tqdm(images.items(), "predicting", **BAR) as bar:  # whose line ends before an error is printed
         for name, path in bar:
             image = read_image(path)
             labels, _ = predict(model, image, settings, args.aug)

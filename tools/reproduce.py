@@ -1,4 +1,4 @@
-"""Evaluates the published models, plain and with multi-scale + flip, beside the figures that were published of them.
+"""Evaluates the published models, plain and with multi-scale + flip, beside their published figures.
 
     python -m tools.reproduce                             # all models whose data set is a folder of data/
     python -m tools.reproduce '*ade20k' --data-root DIR   # those of one data set, which is elsewhere
@@ -8,10 +8,8 @@ Each measurement is added to --out when it is finished, and not repeated: after 
 table at the end is Markdown: mIoU in percent, as published, as measured, and the difference.
 """
 
-import contextlib
 import fnmatch
 import json
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -19,12 +17,12 @@ from data import open_data
 from evaluate import check_classes, evaluate, evaluation_loader
 from support import zoo
 from support.checkpoint import load_model
-from support.command import InputError, Parser, explain, run_command, whole_number
+from support.command import InputError, Parser, run_command, whole_number
 from support.fast import for_inference
+from support.files import write_file
 from support.processes import from_rank_0, rank_and_world, start_process
 
 MODES = {"plain": "mIoU", "ms+flip": "mIoU_ms_flip"}  # and what zoo.json calls the published figure
-START = '{"published": "'  # of each line of results
 HEAD = "| name | mIoU | measured | difference | ms + flip | measured | difference |\n|---|--:|--:|--:|--:|--:|--:|"
 
 
@@ -42,21 +40,14 @@ def select_models(patterns, data_root):
 
 
 def read_results(out):
-    """{(published file, mode): result} of a file of results, which is made if there is none. A line that was cut off
-    counts for nothing. Raises InputError if it is some other file."""
-    results = {}
-    with open(out, "a+") as file:
-        file.seek(0)
-        text = file.read()
-        for line in text.splitlines():
-            if line[: len(START)] != START[: len(line)]:  # one that was cut off may be shorter
-                raise InputError(f"{out}: holds something else than results of this command; name another --out")
-            with contextlib.suppress(ValueError):
-                result = json.loads(line)
-                results[result["published"], result["mode"]] = result
-        if text and not text.endswith("\n"):
-            file.write("\n")
-    return results
+    """{(published file, mode): result} of a file of results, if there is one. Raises InputError if it is some other
+    file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        results = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        return {(result["published"], result["mode"]): result for result in results}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{out}: holds something else than results of this command; name another --out") from None
 
 
 def measure(name, data, device, workers, aug):
@@ -86,7 +77,7 @@ def parse_arguments():
     add("names", nargs="*", metavar="NAME", help="published names or patterns (default: all with a data set in data/)")
     add("--data-root", help="the folder of the models' data set (default: its name below data/)")
     add("--plain", action="store_true", help="leave out multi-scale + flip, which has 17 times as many pixels")
-    add("--out", default="reproduce.jsonl", help="the file of results (default: reproduce.jsonl)")
+    add("--out", type=Path, default=Path("reproduce.jsonl"), help="the file of results (default: reproduce.jsonl)")
     add("--workers", type=whole_number, default=2, help="processes that read images (default: 2)")
     return parser.parse_args()
 
@@ -94,37 +85,28 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     device = start_process()
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     models = select_models(args.names, args.data_root)
     dataset_of = {name: name.rpartition("_")[2] for name in models}
     opened = {dataset: open_data(dataset, args.data_root, "val") for dataset in sorted(set(dataset_of.values()))}
     results = from_rank_0(read_results, args.out)
-    failed = set()
     for name, mode in product(models, ["plain"] if args.plain else MODES):
         data = opened[dataset_of[name]]
         key = Path(models[name]["url"]).name, mode
         images = results.get(key, {}).get("images", len(data))
         if images != len(data):
             raise InputError(f"{args.out}: {name} was measured on {images} images, not {len(data)}; name another --out")
-        if key in results or name in failed:
+        if key in results:
             continue
-        try:
-            figures = measure(name, data, device, args.workers, mode == "ms+flip")
-        except Exception as error:
-            if world > 1 or explain(error) is None:  # one of several processes cannot go on alone
-                raise
-            print(f"{name}: {explain(error)}", file=sys.stderr)
-            failed.add(name)
-            continue
+        figures = measure(name, data, device, args.workers, mode == "ms+flip")
         results[key] = {"published": key[0], "mode": mode, "images": len(data)} | figures
         if rank == 0:
-            with open(args.out, "a") as file:
-                file.write(json.dumps(results[key]) + "\n")
-            print(f"{name}, {mode}: mIoU {figures['mIoU']:.2f}", flush=True)
+            all_results = read_results(args.out) | results  # another command may have added some
+            lines = "".join(json.dumps(result) + "\n" for result in all_results.values())
+            write_file(args.out, lambda file, lines=lines: file.write(lines.encode()))
+            print(f"{name}, {mode}, {len(data)} images: mIoU {figures['mIoU']:.2f}", flush=True)
     if rank == 0:
         print(HEAD, *(table_row(name, model, results) for name, model in models.items()), sep="\n")
-    if failed:
-        raise InputError(f"{len(failed)} of {len(models)} models could not be evaluated; the same command tries again")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Makes a data set of a folder of images and one of masks of class indices: draws what is to train and to validate on.
+"""Copies a folder of images and one of masks of class indices to a data set, divided at random into train, val, test.
 
     python -m tools.split photos/ indices/ --out own                      # a fifth to validate on
     python -m tools.split photos/ indices/ --out own --val 0.1 --test 0.1
 
-A mask has its image's name up to the ending, and the same subfolder. What is drawn depends on the names and the seed
+A mask has its image's name up to the ending, and the same subfolder. The division depends on the names and the seed
 alone. Masks of other values (0 and 255, colours) or formats go through tools.convert_masks first.
 """
 
-import argparse
-import hashlib
-import os
+import random
 import shutil
 import tempfile
 from collections import Counter
@@ -17,61 +15,41 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.command import InputError, Parser, run_command, whole_number
-from support.layouts import match
-
-
-def share(text):
-    """A number from 0 to less than 1, for argparse."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to less than 1")
-    return float(text)
+from support.command import BAR, InputError, Parser, run_command, whole_number
+from support.layouts import IMAGE_ENDS, match
 
 
 def draw(names, val, test, seed):
     """{name: split}, the shares rounded to whole images, but at least one to validate on and one to train on."""
-    # By hashes: the order of the names does not matter, and more images later change little.
-    drawn = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    if not (0 <= val < 1 and 0 <= test < 1):
+        raise InputError(f"--val {val} --test {test}: each must be a number from 0 to less than 1")
+    drawn = random.Random(seed).sample(sorted(names), len(names))
     to_val = max(round(val * len(drawn)), 1)
     to_test = round(test * len(drawn))
     if to_val + to_test >= len(drawn):
-        raise InputError(f"{len(drawn)} images: too few, none would be left to train on")
+        raise InputError(f"{len(drawn)} images: with --val {val} --test {test} none would be left to train on")
     splits = ["val"] * to_val + ["test"] * to_test + ["train"] * (len(drawn) - to_val - to_test)
     return dict(zip(drawn, splits, strict=True))
 
 
-def place(path, target, copy):
-    """Makes `target` a hard link to `path`, or a copy of it. Raises InputError if the disk cannot have such a link."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if copy:
-        shutil.copy2(path, target)
-        return
-    try:
-        # A hard link takes no room, stays right when a folder is moved, and needs no rights on Windows as symlinks do.
-        os.link(os.path.realpath(path), target)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be linked from another folder ({error.strerror}); add --copy") from None
-
-
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("images", type=Path, help="the folder of the images: .jpg, .jpeg, .png")
+    parser.add_argument("images", type=Path, help="the folder of the images")
     parser.add_argument("masks", type=Path, help="the folder of the masks: .png")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the data set's folder, to be made")
-    parser.add_argument("--val", type=share, default=0.2, help="share of the images to validate on (default: 0.2)")
-    parser.add_argument("--test", type=share, default=0, help="share of the images to test on (default: 0)")
+    parser.add_argument("--val", type=float, default=0.2, help="share of the images to validate on (default: 0.2)")
+    parser.add_argument("--test", type=float, default=0, help="share of the images to test on (default: 0)")
     parser.add_argument("--seed", type=whole_number, default=0, help="another one draws others (default: 0)")
-    parser.add_argument("--copy", action="store_true", help="copy the files, instead of hard links to them")
     args = parser.parse_args()
 
     for folder in (args.images, args.masks):
         if not folder.is_dir():
             raise InputError(f"{folder}: there is no such folder")
     if args.out.exists():
-        raise InputError(f"{args.out}: is there already; name another folder")
+        raise InputError(f"{args.out}: already exists; name another folder")
     pairs = {
         image.relative_to(args.images).with_suffix("").as_posix(): (image, mask)
-        for image, mask in match(args.images, (".jpg", ".jpeg", ".png"), args.masks, (".png",))
+        for image, mask in match(args.images, IMAGE_ENDS, args.masks, (".png",))
     }
     splits = draw(pairs, args.val, args.test, args.seed)
 
@@ -79,9 +57,11 @@ def main():
     # Its folder appears when it is whole: a part of a data set could be taken for all of it.
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".split-") as partial:
         made = Path(partial, "made")
-        for name, split in tqdm(splits.items(), "splitting", leave=False, dynamic_ncols=True):
+        for name, split in tqdm(splits.items(), "splitting", leave=False, **BAR):
             for kind, path in zip(("images", "annotations"), pairs[name], strict=True):
-                place(path, made / kind / split / f"{name}{path.suffix}", args.copy)
+                target = made / kind / split / f"{name}{path.suffix}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
         listed = (args.masks / "classes.txt").exists()
         if listed:
             shutil.copyfile(args.masks / "classes.txt", made / "classes.txt")
