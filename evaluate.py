@@ -22,7 +22,7 @@ from support.images import VOID, normalise, resize, window_starts
 from support.pictures import LabelMaps, prepare_results, write_results
 from support.processes import from_rank_0, rank_and_world, start_process, sum_over_processes, worker_options
 from support.settings import AMP, PRESETS
-from support.zoo import newest_checkpoint
+from support.zoo import newest_checkpoint, published
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the views of multi-scale + flip
 
@@ -229,6 +229,8 @@ def main():
     labelled = not math.isnan(result["aAcc"])
     if labelled:
         print(metrics_table(result, data.classes))
+    if known := published().get(source):
+        print("published, on val: mIoU {mIoU}, with --aug {mIoU_ms_flip}".format(**known).replace("None", "not published"))
     if args.json and not labelled:
         print(f"{args.json}: not written, since all labels are void")
     elif args.json:

@@ -112,7 +112,7 @@ def end_with(error):
     # All processes meet the user's mistake. The first reports it, and torchrun ends the others while they wait here.
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)
+        time.sleep(10)
     start = "\n" if dist.is_initialized() else ""  # another process's progress bar may be on this line
     line = message.strip().replace("\n", "\\n")  # a file's name may hold one
     with contextlib.suppress(OSError):

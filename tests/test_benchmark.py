@@ -59,11 +59,3 @@ def test_table(bench, monkeypatch):
     name, setting, fps, published_fps, memory, _, published_memory = row.strip("| ").split(" | ")
     assert (name, setting, published_fps, published_memory) == ("gcnet R-50", "ade20k", "23.38", "8.5")
     assert float(fps) > 0 and float(memory) > 0.2
-
-
-def test_grow(run_inside, monkeypatch):
-    monkeypatch.setattr(benchmark, "SIDES", (8, 64))
-    lines = run_inside(benchmark, "grow", "--repeat", 1).splitlines()
-    assert len(lines) == 8
-    (megabytes,) = (float(line.split()[-2]) for line in lines if line.startswith("| NL | 4096 |"))
-    assert 4 < megabytes < 60  # the map of all pairs would take 64

@@ -139,6 +139,21 @@ class HistoryBuffer:
     pass
 
 
+def test_published_figures_stand_below_the_measured_ones(folder, run_inside, tmp_path, monkeypatch):
+    file = published("ann", classes=3, dataset="ADE20K", scale=(64, 48))
+    file["meta"]["CLASSES"] = (folder / "classes.txt").read_text().split()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(file, tmp_path / "hub/checkpoints/ann.pth")
+    for figure, shown in ((41.01, "41.01"), (None, "not published")):
+        models = {"ann_r18": {"url": "http://localhost/ann.pth", "mIoU": 40.5, "mIoU_ms_flip": figure}}
+        monkeypatch.setattr(zoo, "published", lambda models=models: models)
+        monkeypatch.setattr(evaluate, "published", zoo.published)
+        data = ("--dataset", "folder", "--data-root", folder, "--workers", 0)
+        last = run_inside(evaluate, "ann_r18", *data).splitlines()[-1]
+        assert last == f"published, on val: mIoU 40.5, with --aug {shown}"
+
+
 def test_files_that_are_refused_say_why(tmp_path):
     good = published()
     for name, state, words in (

@@ -5,13 +5,11 @@
     python -m tools.benchmark aug --size 512 683                  # multi-scale + flip
     python -m tools.benchmark data --dataset cityscapes           # training samples of one core
     python -m tools.benchmark table                               # all models, beside the published figures
-    python -m tools.benchmark grow                                # the blocks against the number of positions
 
 A time is the median of --repeat runs after --warmup others. Memory is the peak: what the GPU has allocated, or what of
 the process is resident.
 """
 
-import ctypes
 import json
 import re
 import statistics
@@ -19,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +24,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ann import APNB
 from data import TrainData, distort_and_normalise, open_data
 from evaluate import predict
-from gcnet import GCBlock
-from nonlocal_net import NonLocalBlock
 from resnet_d8 import ResNetD8
 from support import zoo
 from support.checkpoint import build_model
@@ -42,7 +36,6 @@ from train import training_step
 
 TEST_SIZES = {"cityscapes": (1024, 2048), "cityscapes769": (1025, 2049), "ade20k": (512, 683), "voc12aug": (512, 683)}
 CLASSES = {"cityscapes": 19, "cityscapes769": 19, "ade20k": 150, "voc12aug": 21}
-SIDES = (24, 32, 48, 64, 97, 128, 181)  # of the maps in `grow`: 1/8 of 192 to 1448 pixels
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -59,19 +52,11 @@ def timed(step, args):
 
 
 def peak_memory():
-    """The highest memory since the start or since reset_peak_memory, in bytes."""
+    """The highest memory since the start, in bytes."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
     # Not ru_maxrss, which a process inherits from the one that started it.
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def reset_peak_memory():
-    """Lets peak_memory begin with what is in use now."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.reset_peak_memory_stats()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, so that it counts when used again
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def build(args):
@@ -191,23 +176,7 @@ def measure(args, *task):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def grow(args):
-    """Prints time and memory of the blocks in eval mode at 512 channels, batch 1, from 24^2 to 181^2 positions."""
-    print("| block | positions | ms | MB beside the input |\n|---|--:|--:|--:|")
-    for name, block in {"NL": NonLocalBlock(512), "ANN (APNB)": APNB(512, 256), "GC": GCBlock(512)}.items():
-        block.eval().to(DEVICE, memory_format=torch.channels_last)
-        for side in SIDES:
-            x = torch.randn(1, 512, side, side, device=DEVICE).contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode():
-                milliseconds = 1e3 * timed(partial(block, x), args)
-                reset_peak_memory()
-                before = peak_memory()
-                block(x)
-            megabytes = (peak_memory() - before) / 2**20
-            print(f"| {name} | {side**2} | {milliseconds:.1f} | {megabytes:.1f} |", flush=True)
-
-
-TASKS = {"infer": infer, "aug": infer, "train": train, "data": data, "table": table, "grow": grow}
+TASKS = {"infer": infer, "aug": infer, "train": train, "data": data, "table": table}
 
 
 def parse_arguments():
@@ -234,7 +203,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     seconds = TASKS[args.task](args)
-    if seconds is None:  # the task has printed its own
+    if seconds is None:  # the table is printed
         return
     images = 4 if args.task == "data" else args.batch
     result = {"task": args.task, "model": args.model, "seconds": seconds, "images_per_second": images / seconds}
