@@ -230,7 +230,8 @@ def main():
     if labelled:
         print(metrics_table(result, data.classes))
     if known := published().get(source):
-        print("published, on val: mIoU {mIoU}, with --aug {mIoU_ms_flip}".format(**known).replace("None", "not published"))
+        plain, views = (known[name] or "not published" for name in ("mIoU", "mIoU_ms_flip"))
+        print(f"published, on val: mIoU {plain}, with --aug {views}")
     if args.json and not labelled:
         print(f"{args.json}: not written, since all labels are void")
     elif args.json:

@@ -117,6 +117,11 @@ def train_arguments(folder, out, iters=4, workers=1, weights=("--pretrained", "n
     return ["train.py", *where, *SMALL, *weights, "--workers", workers, "--iters", iters]
 
 
+def contents(folder):
+    """{path: content} of all files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def start(arguments, place, **options):
     """A process that runs train.py, evaluate.py, tools.NAME, or Python with other arguments, in the folder `place`."""
     first, *others = (str(argument) for argument in arguments)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import contents
 from PIL import Image
 
 from tools import convert_masks
@@ -26,10 +27,6 @@ def save_palette(path, order):
     image.putpalette(coloured(np.array(order)).tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

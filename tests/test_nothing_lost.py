@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_log, save_model, start, train_arguments
+from conftest import contents, read_log, save_model, start, train_arguments
 from PIL import Image
 
 import evaluate
@@ -22,12 +22,7 @@ from support.files import write_file
 from support.pictures import save_png
 from support.run import Run
 from support.settings import Settings, defaults
-from tools import attention, predict
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
+from tools import attention
 
 # ------------------------------------------------------------------------------------------------- the run's folder
 
@@ -218,32 +213,10 @@ def test_the_ablation_ends_its_training(tmp_path):
 # ----------------------------------------------------------------------------------------------- pictures, label maps
 
 
-@pytest.fixture
-def photos(tmp_path):
-    (tmp_path / "photos").mkdir()
-    for name in ("a.jpg", "a_labels.png"):
-        Image.new("RGB", (9, 8), (200, 100, 50)).save(tmp_path / "photos" / name)
+def test_attention_replaces_files_only_if_told_to(tmp_path, run_inside):
     save_model(tmp_path / "model.pt", "gcnet")
-    return tmp_path / "photos"
-
-
-def test_a_command_replaces_files_only_if_told_to(photos, tmp_path, run_inside):
-    command = ("photos", "--checkpoint", "model.pt", "--out", "photos/results")
-    run_inside(predict, *command)
-    before = contents(photos)
-    assert "photos/results/a_overlay.png: already exists; --overwrite" in run_inside(predict, *command, fails=True)
-    assert contents(photos) == before
-    run_inside(predict, *command, "--overwrite")
-    assert contents(photos).keys() == before.keys()  # what is in the output folder is no image to segment
-    for out in ("photos", "."):
-        message = run_inside(
-            predict, "photos/a.jpg", "--checkpoint", "model.pt", "--out", out, "--overwrite", fails=True
-        )
-        assert message.startswith(f"{out}: is, or holds, photos, where images or labels are")
-
-
-def test_attention_replaces_files_only_if_told_to(photos, tmp_path, run_inside):
-    command = ("model.pt", "--images", "photos/a.jpg", "--out", "seen", "--html")
+    Image.new("RGB", (9, 8), (200, 100, 50)).save(tmp_path / "a.jpg")
+    command = ("model.pt", "--images", "a.jpg", "--out", "seen", "--html")
     run_inside(attention, *command)
     before = contents(tmp_path)
     assert "seen/a.png: already exists; --overwrite" in run_inside(attention, *command, fails=True)

@@ -137,16 +137,6 @@ def test_every_figure_of_the_json_can_be_recomputed(folder, run_inside, tmp_path
     assert result["aAcc"] == pytest.approx(matrix.trace() / matrix.sum())
 
 
-def test_the_json_replaces_files_only_with_overwrite(folder, run_inside, tmp_path):
-    model = save_model(tmp_path / "model.pt", "fcn")
-    arguments = (model, "--data-root", folder, "--workers", 0, "--json", "result.json")
-    (tmp_path / "result.json").write_bytes(b"mine")
-    assert run_inside(evaluate, *arguments, fails=True) == "result.json: already exists; --overwrite replaces it"
-    assert (tmp_path / "result.json").read_bytes() == b"mine"
-    run_inside(evaluate, *arguments, "--overwrite")
-    assert json.loads((tmp_path / "result.json").read_text())["split"] == "val"
-
-
 def test_what_cannot_be_written_is_found_before_the_evaluation(folder, run_inside, tmp_path, monkeypatch):
     model = save_model(tmp_path / "model.pt", "fcn")
     arguments = (model, "--data-root", folder, "--workers", 0)
