@@ -19,7 +19,7 @@ samples, the averages of pyramid pooling to 1x1, 3x3, 6x6 and 8x8 cells, so that
     AFNB, section 3.3   fuses the last two stages: queries from c4, keys and values from c3 (the paper's Stage5, Stage4)
 
 Some names are those of the published checkpoints: stages, bottleneck, fusion. Evaluation replaces AFNB and APNB by a
-faster form of the same, SampledFirst in support/fast.py: whoever changes them here changes it there, too.
+faster form with the same result, SampledFirst in support/fast.py: a change here must be made there, too.
 """
 
 import torch
@@ -69,7 +69,7 @@ class AsymmetricNonLocalBlock(nn.Module):
 
 
 class AFNB(nn.Module):
-    """Asymmetric Fusion Non-local Block: stages 3 and 4 to features of stage 4's shape."""
+    """Asymmetric Fusion Non-local Block: c3 and c4 to features of c4's shape."""
 
     def __init__(self, c3_channels, c4_channels, channels):
         super().__init__()

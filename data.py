@@ -34,7 +34,7 @@ class TrainData(Dataset):
     """Random crops of a data set, ready to be stacked.
 
     Item (position, i) is a sample of image i, number `position` of the run. All its randomness comes from (seed,
-    position), so that it does not depend on which worker makes it, nor on what was made before.
+    position), so a sample depends neither on the worker that makes it nor on earlier samples.
 
     crop    (height, width)
     scale   (long, short): the size that the random ratio multiplies; None: each image's own
@@ -59,7 +59,7 @@ class TrainData(Dataset):
         return {
             "image": F.pad(image, padding),                                     # uint8 (3, *crop)
             "label": F.pad(label, padding, value=VOID),                         # uint8 (*crop)
-            "valid": torch.tensor(window[2:]),                                  # int64 (2,): size without the padding
+            "size": torch.tensor(window[2:]),                                   # int64 (2,): without the padding
             "colour": draw_colour(rng),                                         # float32 (5,)
         }
 
@@ -111,7 +111,7 @@ def distort_and_normalise(batch, device):
     zero in the padding; and labels int64 (N, H, W)."""
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     images = normalise(distort(batch["image"].float(), batch["colour"]))
-    (height, width), (h, w) = images.shape[2:], batch["valid"][:, :, None].unbind(1)
+    (height, width), (h, w) = images.shape[2:], batch["size"][:, :, None].unbind(1)
     rows, columns = torch.arange(height, device=device) < h, torch.arange(width, device=device) < w
     return images * (rows[:, None, :, None] & columns[:, None, None, :]), batch["label"].long()
 

@@ -42,10 +42,10 @@ def tokens(x):                                              # (N, C, H, W)
 
 
 def attend(theta, phi, g, scale):
-    """sum_j softmax_j(scale theta_i . phi_j) g_j, by a kernel that never holds the HW x HW weights. It needs contiguous
-    rows, and values of as many channels as theta: else torch takes another one, which does hold them."""
+    """sum_j softmax_j(scale theta_i . phi_j) g_j, by a kernel that never holds the HW x HW weights. That kernel
+    needs contiguous rows, and values with as many channels as theta; otherwise torch uses one that holds them."""
     values = F.pad(g, (0, theta.shape[2] - g.shape[2]))
-    heads = (t.contiguous()[:, None] for t in (theta, phi, values))     # one head: (N, 1, HW, channels)
+    heads = (t.contiguous()[:, None] for t in (theta, phi, values))     # one attention head: (N, 1, HW, channels)
     return F.scaled_dot_product_attention(*heads, scale=scale)[:, 0, :, : g.shape[2]]
 
 
@@ -89,7 +89,7 @@ class NonLocalBlock(nn.Module):
             return attend(theta, phi, g, scale=1.0)
         if self.mode == "embedded_gaussian":
             return attend(theta, phi, g, scale=theta.shape[2] ** -0.5)
-        root = g.shape[1] ** 0.5  # of C(x) = HW. Dividing twice by it, before the sums, keeps them finite in float16.
+        root = g.shape[1] ** 0.5  # sqrt(HW), HW = C(x): dividing by it twice, before summing, avoids float16 overflow
         if self.mode == "dot_product":
             # sum_j (theta_i . phi_j) g_j = theta_i (sum_j phi_j g_j^T): no HW x HW weights are needed.
             return theta @ ((phi / root).transpose(1, 2) @ (g / root))

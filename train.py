@@ -49,10 +49,10 @@ def segmentation_loss(logits, labels, weight=None, align_corners=False):
     return resized_cross_entropy(logits, labels, weight, align_corners) / labels.numel()
 
 
-def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None, align_corners=False):
+def training_step(model, optimizer, scaler, batches, lr, weight=None, dtype=None, align_corners=False):
     """One step of training: the mean gradient of all `batches`, pairs of normalised images (N, 3, H, W) and labels
-    (N, H, W), then SGD at the learning rate lr. In mixed precision if amp is a dtype; weight (K,) and align_corners
-    are the loss's.
+    (N, H, W), then SGD at the learning rate lr. In mixed precision if dtype is bfloat16 or float16; weight
+    (K,) and align_corners are the loss's.
 
     Returns the loss and the weighted auxiliary loss, means over all processes. If one is not finite, the weights stay
     as they are; also if a gradient overflows in float16, and then the scaler lowers its scale.
@@ -63,15 +63,13 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, amp=None, 
     losses = 0
     for number, (images, labels) in enumerate(batches, 1):
         model.require_backward_grad_sync = number == len(batches)  # DDP's no_sync: one exchange of gradients per step
-        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             logits, aux_logits = model(images)  # (N, K, H/8, W/8)
         loss = segmentation_loss(logits, labels, weight, align_corners) / len(batches)
         aux_loss = 0.4 * segmentation_loss(aux_logits, labels, weight, align_corners) / len(batches)
         scaler.scale(loss + aux_loss).backward()
         losses += torch.stack([loss, aux_loss]).detach()
-    if dist.is_initialized():
-        dist.all_reduce(losses)
-        losses /= dist.get_world_size()
+    losses = sum_over_processes(losses) / rank_and_world()[1]
     if losses.isfinite().all():
         scaler.step(optimizer)
         scaler.update()
@@ -125,11 +123,11 @@ def main():
             lr = poly_lr(state.iteration, settings.iters, settings.lr)
             torch.manual_seed((settings.seed * settings.iters + state.iteration) * world + rank)  # for the dropout
             batches = [distort_and_normalise(next(loader), device) for _ in range(settings.accumulate)]
-            scale = scaler.get_scale()
+            loss_scale = scaler.get_scale()
             loss, aux_loss = training_step(
                 model, optimizer, scaler, batches, lr, class_weights, AMP[settings.amp], settings.align_corners
             )
-            skipped = scaler.get_scale() < scale  # fp16: a gradient overflowed
+            skipped = scaler.get_scale() < loss_scale  # fp16: a gradient overflowed
             run.log_step(state.iteration, loss, aux_loss, lr, skipped, time.monotonic() - began)
             state.iteration += 1
     run.say(metrics_table(result, settings.classes))
@@ -138,7 +136,7 @@ def main():
 
 def initial_model(settings, device, from_scratch=True):
     """The model that a run begins with, in training mode on the device; with its first weights, the same in all
-    processes, unless a checkpoint's will replace them."""
+    processes, unless a checkpoint's will replace them. First turns on torch's deterministic kernels if asked to."""
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # warns where torch has no such kernel
@@ -157,8 +155,8 @@ def validation_is_due(iteration, iters):
 
 
 def validate(state, data, loader, settings, run):
-    """The metrics() of the present weights, which are also logged and shown. Saves the state, as best.pt too if no
-    validation was as good. Raises InputError, and saves nothing, if the training has diverged."""
+    """The metrics() of the present weights, which are also logged and shown. Saves the state as best.pt if no
+    validation was as good. Raises InputError if the training has diverged."""
     if dist.is_initialized():
         for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP uses those of rank 0
             dist.broadcast(buffer, 0)
@@ -167,13 +165,12 @@ def validate(state, data, loader, settings, run):
         result = evaluate(model, data, loader, settings, with_loss=True)
     except FloatingPointError as error:
         raise run.divergence_error(state.iteration, error) from None
-    run.save(state)
     if result["mIoU"] > state.best_miou:
         state.best_miou = result["mIoU"]
         run.save(state, "best.pt")
     if run.writes:
-        shown = range(0, len(data), math.ceil(len(data) / 4))
-        rows = [(*data[i], predict(model, data[i][0], settings)[0]) for i in shown]
+        shown = [data[i] for i in range(0, len(data), math.ceil(len(data) / 4))]
+        rows = [(image, label, predict(model, image, settings)[0]) for image, label in shown]
         run.log_validation(state.iteration, result, rows)
     return result
 

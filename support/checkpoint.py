@@ -6,7 +6,8 @@ A checkpoint is a plain dict that torch.load(..., weights_only=True) reads:
     config      the run's Settings as a dict, some of which build the model and evaluate it
     optimizer, scaler, iteration, best_miou     what else a run needs in order to continue
 
-tools/export.py writes the first two alone. All that train.py draws at random follows from the seed and the iteration.
+tools/export.py writes the first two alone. What train.py draws at random follows from the seed and the iteration,
+dropout also from the process.
 """
 
 import hashlib

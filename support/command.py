@@ -23,7 +23,7 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a module's docstring as it is written. Raises InputError for a mistake on the command line."""
+    """Shows a module's docstring unchanged. Raises InputError for a mistake on the command line."""
 
     def __init__(self, description=None, **options):
         spec = sys.modules["__main__"].__spec__  # of a module that was run with -m
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", choices=("cuda", "cpu", "mps", "xpu"), help=text)
 
     def add_stride(self):
-        text = "evaluate in windows of the crop's size, this far apart; large images need less memory so"
+        text = "evaluate in windows of the training crop's size, this far apart, which needs less memory"
         self.add_argument("--stride", type=positive, nargs=2, metavar=("H", "W"), help=text)
 
     def add_overwrite(self):
@@ -109,7 +109,7 @@ def end_with(error):
         if not (dist.is_initialized() and re.search("(closed|reset) by peer", str(error))):
             traceback.print_exception(error)
         exit_at_once(1)
-    # All processes meet the user's mistake. The first reports it, and torchrun ends the others while they wait here.
+    # If all processes meet the mistake, rank 0 reports it, and torchrun ends the others while they wait here.
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ann import ANN
 from support.command import BAR
-from support.fast_loss import BAND, bands, bilinear
+from support.fast_loss import bands, bilinear
 from support.images import VOID, normalise, window_starts
 from support.processes import rank_and_world
 
@@ -113,9 +113,8 @@ def resized_classes(logits, size, align_corners, label=None):
     if logits.shape[2:] == size:
         return classes_and_loss(logits[0], label)
     down = bilinear(logits.shape[2], size[0], align_corners, logits)                # (H, h)
-    band = max(BAND.get(logits.device.type, 2**22) // (logits.shape[1] * size[1]), 1)
     parts = []
-    for rows, small in bands(down, band):
+    for rows, small in bands(down, logits.shape[1] * size[1]):
         part = down[rows, small] @ logits[0, :, small]                              # (K, rows, w)
         part = F.interpolate(part[None], (part.shape[1], size[1]), mode="bilinear", align_corners=align_corners)
         parts.append(classes_and_loss(part[0], None if label is None else label[rows]))

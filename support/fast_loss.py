@@ -31,8 +31,7 @@ class ResizedCrossEntropy(torch.autograd.Function):
         wide = logits.contiguous() @ across.T                               # (N, K, h, W)
         wide_gradient = torch.zeros_like(wide)                              # (N, K, h, W)
         loss = logits.new_zeros(())
-        band = max(BAND.get(logits.device.type, 2**22) // (n * k * width), 1)
-        for rows, small in bands(down, band):
+        for rows, small in bands(down, n * k * width):
             classes = labels[:, None, rows]                                 # (N, 1, rows, W)
             valid = classes != VOID
             classes = classes.where(valid, 0)
@@ -51,8 +50,10 @@ class ResizedCrossEntropy(torch.autograd.Function):
         return gradient * scale, None, None, None
 
 
-def bands(matrix, size):
-    """Slices (rows, columns) of a resizing matrix: `size` rows after another, and the columns that these need."""
+def bands(matrix, row):
+    """Slices (rows, columns) of a resizing matrix: as many rows at a time as BAND allows, each of `row` resized logits,
+    and the columns that these need."""
+    size = max(BAND.get(matrix.device.type, BAND["cpu"]) // row, 1)
     for top in range(0, len(matrix), size):
         rows = slice(top, top + size)
         needed = matrix[rows].any(0).nonzero()

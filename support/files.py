@@ -71,6 +71,6 @@ def download(url, path):
             partial, _ = urllib.request.urlretrieve(url, Path(folder, path.name), show)
             os.replace(partial, path)
     except (OSError, HTTPException, ValueError) as error:
-        raise InputError(f"{url}: cannot be fetched ({error}); or put the file here: {path}") from None
+        raise InputError(f"{url}: cannot be fetched ({error}); if you have the file, put it here: {path}") from None
     finally:
         socket.setdefaulttimeout(None)

@@ -158,6 +158,6 @@ def window_starts(side, window, stride):
 
 
 def normalise(images):
-    """Images (N, 3, H, W) in 0..255 by the ImageNet means and deviations, as float32."""
+    """Images (N, 3, H, W) in 0..255, less the ImageNet means, over the deviations: float32."""
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
     return (images - mean) / std

@@ -104,7 +104,7 @@ def read_lines(path, hint=""):
 
 
 def label_table(values, void=()):
-    """uint8 (256,): the class of each value in a label file, i for values[i]; VOID for 255 and the values in `void`."""
+    """uint8 (256,): the class of a label value: i for values[i], VOID for 255 and those in `void`, else INVALID."""
     table = np.full(256, INVALID, np.uint8)
     table[[VOID, *void]] = VOID
     table[list(values)] = range(len(values))

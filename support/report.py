@@ -31,7 +31,8 @@ def curve(lines, name):
     """[(iteration, value)] of what the log holds under a name, evenly thinned to POINTS; the last one stays."""
     values = [(line["iteration"], line.get(name)) for line in lines]
     points = [(at, value) for at, value in values if isinstance(value, (int, float)) and math.isfinite(value)]
-    return points[:: -(len(points) // POINTS + 1)][::-1]
+    step = len(points) // POINTS + 1
+    return points[(len(points) - 1) % step :: step]
 
 
 def pictures(folder, iterations):

@@ -32,9 +32,11 @@ RUN_FILES = ("last.pt", "best.pt", "config.json", "log.jsonl", "samples", "repor
 
 
 def open_run(out, given, resume):
-    """Locks the folder `out` and returns (settings, saved): a new run's settings, from those `given` and the preset,
-    and None; or the resumed run's, and what else its last.pt holds. Raises InputError if the run may not begin or
-    continue like this."""
+    """Locks the folder `out` and returns (settings, saved). For a new run: the preset's settings, replaced by those
+    `given`; and None. For a resumed one: the settings in last.pt, replaced likewise; and the rest of last.pt. Raises
+    InputError if the run may not begin or continue like this."""
+    if resume and not given and not any((out / name).exists() for name in RUN_FILES):
+        raise InputError(f"{out}: holds no run to continue")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     last = out / "last.pt"
@@ -42,8 +44,6 @@ def open_run(out, given, resume):
     if held and not (resume and last.exists()):
         what = "a run; continue it with --resume, or" if last.exists() else f"{held[0]}, but no last.pt;"
         raise InputError(f"{out}: already holds {what} name another folder with --out")
-    if resume and not held and not given:
-        raise InputError(f"{out}: holds no run to continue")
     if held:
         try:
             saved = read_checkpoint(last)
@@ -58,14 +58,14 @@ def open_run(out, given, resume):
     else:
         saved, settings = None, Settings(**defaults(given) | given)
     check_stride(settings)
-    # With another number of processes than before, another number of batches: the images per step stay.
+    # A resumed run keeps its images per step: with more or fewer processes, accumulate changes.
     at_once = settings.batch_size * rank_and_world()[1]
-    images = settings.effective_batch or at_once * settings.accumulate
-    if images % at_once:
-        raise InputError(f"--batch-size: the run in {out} has {images} images per step, no multiple of {at_once}")
-    if settings.accumulate != images // at_once and "accumulate" in given:
-        print(f"note: --accumulate {images // at_once}, since the run in {out} has {images} images per step")
-    return replace(settings, effective_batch=images, accumulate=images // at_once), saved
+    per_step = settings.effective_batch or at_once * settings.accumulate
+    if per_step % at_once:
+        raise InputError(f"--batch-size: the run in {out} has {per_step} images per step, no multiple of {at_once}")
+    if settings.accumulate != per_step // at_once and "accumulate" in given:
+        print(f"note: --accumulate {per_step // at_once}, since the run in {out} has {per_step} images per step")
+    return replace(settings, effective_batch=per_step, accumulate=per_step // at_once), saved
 
 
 def lock(out):
@@ -97,16 +97,16 @@ def add_classes(settings, train_data, val_data, out):
 
 def describe(settings, images, iteration, out, device):
     """What a run does, as text; and which learning rate suits it, if it has not the published images per step."""
-    world, effective, published = rank_and_world()[1], settings.effective_batch, PRESETS[settings.dataset]
+    world, effective, preset = rank_and_world()[1], settings.effective_batch, PRESETS[settings.dataset]
     norm = "SyncBatchNorm" if world > 1 and device.type == "cuda" else "BatchNorm"
     blocks = f" with {' at '.join(settings.blocks)}" if settings.blocks else ""
     text = f"{settings.model} R-{settings.depth}{blocks} on {settings.dataset}, {images} images, "
     text += f"from iteration {iteration} to {settings.iters}, {out}/\n"
     text += f"{effective} images per step: {world} (processes) x {settings.batch_size} (--batch-size) x "
     text += f"{settings.accumulate} (--accumulate); {norm}, {device}"
-    if iteration == 0 and published.images_per_step not in (None, effective):
-        text += f"\nthe published recipe has {published.images_per_step} images per step; give --batch-size or "
-        text += f"--accumulate for as many, or --lr {published.lr * effective / published.images_per_step:g}"
+    if iteration == 0 and settings.lr == preset.lr and preset.images_per_step not in (None, effective):
+        text += f"\nthe published recipe has {preset.images_per_step} images per step; give --batch-size or "
+        text += f"--accumulate for as many, or --lr {preset.lr * effective / preset.images_per_step:g}"
     return text
 
 
@@ -114,8 +114,8 @@ class Run:
     """A run's folder while it trains, and the progress bar.
 
     config.json        the settings
-    log.jsonl          a line for each validation, and for at least each thousandth of the steps; `iteration` is the
-                       number of steps before it
+    log.jsonl          a line for each validation, and for 1000 to 2000 of the steps, or all if there are fewer;
+                       `iteration` is the number of steps before it; `skipped` counts from the last start
     samples/*.png      a picture for each validation
     last.pt, best.pt   the state to continue from; the state of the best mIoU
     report.html        one page with all of this; written at each validation
@@ -143,8 +143,7 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(out, purge_step=start)
-        silent = not self.writes
-        self.bar = tqdm(None, settings.model, settings.iters, initial=start, disable=silent, **BAR)
+        self.bar = tqdm(None, settings.model, settings.iters, initial=start, disable=not self.writes, **BAR)
 
     def close(self):
         self.bar.close()
@@ -180,7 +179,7 @@ class Run:
 
     def divergence_error(self, iteration, what):
         """The InputError that ends a training that has diverged."""
-        advice = f"start again with a lower --lr; {self.out}/last.pt is from before"
+        advice = f"start again with a lower --lr; {self.out}/last.pt is the last state that was finite"
         return InputError(f"iteration {iteration}: diverged at learning rate {self.lr:.2g}: {what}; {advice}")
 
     def log_validation(self, iteration, result, rows):

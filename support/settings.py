@@ -92,7 +92,7 @@ class Settings:
     published model has only those that build and evaluate it."""
 
     model: str = setting("the model to train", "gcnet", choices=tuple(MODELS))
-    dataset: str = setting("and its preset; shapes, context and legend are synthetic", "shapes", choices=tuple(PRESETS))
+    dataset: str = setting("the data set, with its recipe; the last three are drawn", "shapes", choices=tuple(PRESETS))
     data_root: str = setting("the data set's folder (default: its name below data/)", free=True, type=absolute)
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
     blocks: list = setting(f"put blocks into the ResNet: {BLOCKS_HELP}", nargs=2, metavar=("BLOCK", "PLACE"))
@@ -100,19 +100,19 @@ class Settings:
     crop_size: list = setting(
         "of the training crops, and of the windows of --stride", type=positive, nargs=2, metavar=("H", "W")
     )
-    stride: list = setting("evaluate in crops this far apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
-    batch_size: int = setting("images per process; the preset's is made for 4 processes", free=True, type=positive)
+    stride: list = setting("evaluate in crops that far apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
+    batch_size: int = setting("images per process; the published recipes have 4 processes", free=True, type=positive)
     accumulate: int = setting("batches per step", 1, free=True, type=positive)
     iters: int = setting("steps", type=positive)
     lr: float = setting("the first learning rate", type=positive_number)
     pretrained: str = setting("the backbone's weights: imagenet (not for depth 34), none, a file or a URL")
     init: str = setting("start from the weights of a checkpoint: file, folder, URL or published name")
-    class_weights: list = setting("in the loss, one per class", type=positive_number, nargs="+", metavar="W")
+    class_weights: list = setting("the weight of each class in the loss", type=positive_number, nargs="+", metavar="W")
     amp: str = setting("mixed precision", "none", choices=tuple(AMP))
     compile: bool = setting("torch.compile the model", False)
     deterministic: bool = setting("ask torch for deterministic kernels, which are slower on a GPU", False)
     cache: str = setting("a folder to keep decoded images in, for faster reading", free=True, type=absolute)
-    workers: int = setting("data-loading processes of each process", 2, free=True, type=whole_number)
+    workers: int = setting("data-loading workers of each process", 2, free=True, type=whole_number)
     seed: int = setting("of the weights, the order and the augmentation", 0, type=whole_number)
     # Decided by the preset alone.
     scale: list = setting()
@@ -125,7 +125,7 @@ class Settings:
 
 
 def defaults(given):
-    """The settings that follow from the data set, depth and crop in `given`, a dict of settings."""
+    """The default settings for the data set in the dict `given`; some follow from its depth and crop_size, too."""
     dataset = given.get("dataset", "shapes")
     preset = PRESETS[dataset]
     crop_size = given.get("crop_size", preset.crop_size)

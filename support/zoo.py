@@ -28,7 +28,7 @@ def published():
 
 def find_file(source):
     """The local file of a checkpoint: a path, also that of its folder, a URL, or the name of a published model, fetched
-    into torch.hub's cache if need be. Warns if its hash is not the one in its name."""
+    into torch.hub's cache if need be. Warns if its hash is not the one in its name. Raises InputError."""
     source = str(source)
     if source in published():
         source = published()[source]["url"]

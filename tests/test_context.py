@@ -83,7 +83,7 @@ def test_training_sees_scenes_whole(name):
         else:
             forms = [name.split()[-1] for name in data.classes]
             assert {forms[value] for value in present} == set(forms[1:])
-        assert samples[position, position]["valid"].tolist() == list(preset.crop_size)
+        assert samples[position, position]["size"].tolist() == list(preset.crop_size)
 
 
 def test_drawn_scenes_are_a_data_set():

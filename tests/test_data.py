@@ -64,7 +64,7 @@ def test_label_and_image_stay_together(data):
         images, labels = distort_and_normalise(torch.utils.data.default_collate([sample]), "cpu")
         assert images.shape == (1, 3, 36, 44) and images.dtype == torch.float32
         red = images[0, 0] * STD[0] + MEAN[0]
-        label, (h, w) = labels[0], sample["valid"]
+        label, (h, w) = labels[0], sample["size"]
         inside = torch.zeros_like(label, dtype=torch.bool)
         inside[:h, :w] = True
         assert (images[:, :, ~inside] == 0).all() and (label[~inside] == VOID).all()

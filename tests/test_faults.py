@@ -178,7 +178,7 @@ def test_a_fault_is_one_line(what, own, run_script, run_inside):
 DAMAGE = b'{"iteration": 1}\n\0\0\xff\n[1]}\n{"iter'
 
 
-def test_a_damaged_log_is_mended(tmp_path):
+def test_a_damaged_log_is_repaired(tmp_path):
     settings = Settings(**defaults({}))
     (tmp_path / "log.jsonl").write_bytes(b'{"iteration": 0, "loss": 2}\n' + DAMAGE + b'\n{"iteration": 5}\n')
     with contextlib.closing(Run(tmp_path, settings, 5)) as run:

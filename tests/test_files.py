@@ -1,4 +1,4 @@
-"""Files that are written and fetched: nothing is lost, and what is incomplete is not taken for whole."""
+"""Files that are written and fetched: nothing is lost, and an incomplete file is never treated as complete."""
 
 import http.server
 import threading
@@ -44,7 +44,7 @@ def test_a_download_is_whole_or_not_there(url, tmp_path):
     path = tmp_path / "new/file"
     for name, what in (("cut", "got only 51200 out of 102400 bytes"), ("missing", "404")):
         with pytest.raises(
-            InputError, match=f"^{url}/{name}: cannot be fetched .*{what}.*; or put the file here: {path}"
+            InputError, match=f"^{url}/{name}: cannot be fetched .*{what}.*; if you have the file, put it here: {path}"
         ):
             download(f"{url}/{name}", path)
     assert sorted(path.name for path in path.parent.iterdir()) == ["unknown", "whole"]

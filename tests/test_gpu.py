@@ -72,7 +72,7 @@ def step(model, images, labels, amp=None, scaler=None):
     """The losses of a training step."""
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     scaler = scaler or torch.amp.GradScaler(DEVICE, enabled=amp == torch.float16)
-    return training_step(model, optimizer, scaler, [(images, labels)], 0.01, amp=amp)
+    return training_step(model, optimizer, scaler, [(images, labels)], 0.01, dtype=amp)
 
 
 def assert_near(found, expected, tolerance):

@@ -76,7 +76,7 @@ def test_a_damaged_state_names_the_other_one(folder, tmp_path, run_inside):
 
 def test_nothing_to_resume(tmp_path, run_inside):
     message = run_inside(train, "--resume", "--out", "typo", fails=True)
-    assert message == "typo: holds no run to continue"
+    assert message == "typo: holds no run to continue" and not (tmp_path / "typo").exists()
 
 
 def test_a_run_that_lost_its_state_does_not_start_again(folder, tmp_path, run_inside):
@@ -121,7 +121,7 @@ def test_resume_beside_the_living_run(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before best.pt", "after best.pt"])
 def test_killed_between_the_two_writes(before, folder, tmp_path, run_inside, monkeypatch):
-    """After a validation last.pt is written, then best.pt: a run that ends in between continues to the same two."""
+    """last.pt is written before a validation, best.pt after it; a run that ends in between continues to both."""
 
     def save(self, state, name="last.pt", save=Run.save):
         if name == "best.pt" and before:
@@ -137,7 +137,7 @@ def test_killed_between_the_two_writes(before, folder, tmp_path, run_inside, mon
     last, best = (torch.load(tmp_path / f"run/{name}.pt", weights_only=True) for name in ("last", "best"))
     scores = {line["iteration"]: line["mIoU"] for line in read_log(tmp_path / "run") if "mIoU" in line}
     assert list(scores) == [1, 2, 3] and best["best_miou"] == max(scores.values()) == scores[best["iteration"]]
-    assert last["iteration"] == 3 and last["best_miou"] == max(scores.values())
+    assert last["iteration"] == 3
 
 
 def test_a_run_that_another_process_finished_meanwhile(folder, tmp_path, run_inside, monkeypatch):
@@ -175,7 +175,7 @@ def test_a_training_that_diverges_leaves_its_last_good_state(folder, tmp_path, r
     message = run_inside(train, *train_arguments(folder, "run", 9, workers=0)[1:], "--lr", 15, fails=True)
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"]
     assert re.match(rf"iteration {saved + 1}: diverged at learning rate 1\d: the model's scores are not", message)
-    assert message.endswith("start again with a lower --lr; run/last.pt is from before")
+    assert message.endswith("start again with a lower --lr; run/last.pt is the last state that was finite")
     assert "mIoU" in run_inside(evaluate, "run/last.pt", "--workers", 0)
     again = run_inside(train, "--resume", "--out", "run", "--workers", 0, fails=True)
     assert again == message  # resumed, and ended at the same place

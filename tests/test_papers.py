@@ -1,4 +1,4 @@
-"""The sizes in GCNet's tables: READING.md has each published figure beside the one here, which is computed again."""
+"""The sizes in GCNet's tables: BENCHMARKS.md has each published figure beside the one here, which is computed again."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ KINETICS = 32.45  # the published baseline, a ResNet-50 for videos; a block adds
 
 
 def rows():
-    """The cells of each row of READING.md's table, as text."""
-    lines = (ROOT / "READING.md").read_text().partition(HEAD)[2].partition("\n\n")[0].splitlines()[1:]
+    """The cells of each row of BENCHMARKS.md's table, as text."""
+    lines = (ROOT / "BENCHMARKS.md").read_text().partition(HEAD)[2].partition("\n\n")[0].splitlines()[1:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -93,7 +93,7 @@ def rounded(value, published):
 
 
 def test_sizes_in_the_papers_tables():
-    """Each figure of READING.md is the one computed, and is the published one, or the reason stands beside it."""
+    """Each figure of BENCHMARKS.md is the one computed, and is the published one, or the reason stands beside it."""
     for task, block, place, parameters, published, multiply_adds, published_multiply_adds, reason in rows():
         found = measure(task, block, place)
         assert [parameters, multiply_adds] == [rounded(found[0], published), rounded(found[1], published_multiply_adds)]

@@ -28,7 +28,7 @@ from support.scenes import LEGEND_FORMS
 from support.settings import PRESETS, defaults, refuse_changes
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-MODELS = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")  # the baseline first
+COMPARED = ("fcn", "snlnet", "gcnet", "nonlocal_net", "ann")  # the baseline first
 
 
 def train(out, given):
@@ -100,7 +100,7 @@ def decided_by_far_end(dataset, image, label):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", choices=MODELS, nargs="+", default=MODELS, help="default: all five")
+    add("--model", choices=COMPARED, nargs="+", default=COMPARED, help="default: all five")
     add("--seeds", type=positive, default=3, help="runs of each model, seeds 0, 1, ... (default: 3)")
     add("--dataset", choices=("context", "legend"), default="context", help="the scenes (default: context)")
     add("--iters", type=positive, help="steps of a run (default: the data set's)")

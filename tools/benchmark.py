@@ -35,7 +35,7 @@ from support.settings import AMP, MODELS, PRESETS, Settings
 from train import training_step
 
 TEST_SIZES = {"cityscapes": (1024, 2048), "cityscapes769": (1025, 2049), "ade20k": (512, 683), "voc12aug": (512, 683)}
-CLASSES = {"cityscapes": 19, "cityscapes769": 19, "ade20k": 150, "voc12aug": 21}
+CLASS_COUNTS = {"cityscapes": 19, "cityscapes769": 19, "ade20k": 150, "voc12aug": 21}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -96,7 +96,7 @@ def train(args):
     batch = {
         "image": torch.randint(256, (args.batch, 3, *args.size), dtype=torch.uint8),
         "label": torch.randint(args.classes, (args.batch, *args.size), dtype=torch.uint8),
-        "valid": torch.tensor([args.size] * args.batch),
+        "size": torch.tensor([args.size] * args.batch),
         "colour": torch.tensor([[10, 1.2, 0.8, 0.05, 1]] * args.batch),
     }
 
@@ -121,7 +121,7 @@ def data(args):
             colours = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
             smooth = np.array(colours.resize((width, height), Image.Resampling.BICUBIC))
             image = (smooth * 0.7 + 30 + rng.normal(0, 1.5, smooth.shape)).astype(np.uint8)
-            classes = rng.integers(0, CLASSES[args.dataset], (height // 64, width // 64), dtype=np.uint8)
+            classes = rng.integers(0, CLASS_COUNTS[args.dataset], (height // 64, width // 64), dtype=np.uint8)
             label = Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST)
             for name, picture in ((image_name, Image.fromarray(image)), (label_name, label)):
                 path = Path(root, name.format(i))
@@ -155,7 +155,7 @@ def table(args):
 
 def table_row(model, depth, dataset, figures, args):
     preset = PRESETS[dataset]
-    options = ["--model", model, "--depth", depth, "--classes", CLASSES[dataset], "--amp", args.amp]
+    options = ["--model", model, "--depth", depth, "--classes", CLASS_COUNTS[dataset], "--amp", args.amp]
     options += ["--align-corners"] * preset.align_corners + ["--compile"] * args.compile
     slide = ["--slide", *preset.crop_size, *preset.stride] if preset.stride else []
     inferred = measure(args, "infer", "--size", *TEST_SIZES[dataset], *slide, *options)

@@ -46,7 +46,7 @@ class Scan(Dataset):
 
 def check_split(data, workers):
     """Prints what a split holds, and what is wrong with it. Returns the number of problems."""
-    # `tuple` leaves an item as it is: as tensors, each from a worker would be an open file.
+    # `tuple` keeps an item's numpy arrays: as a tensor, each from a worker would be an open file.
     loader = DataLoader(Scan(data), batch_size=None, collate_fn=tuple, **worker_options(workers))
     items = list(tqdm(loader, f"reading {data.split}", leave=False, **BAR))
     problems = [problem for problem, *_ in items if problem] + palette_conflict(items, data.files)
@@ -58,8 +58,8 @@ def check_split(data, workers):
     if not good:
         return len(problems)
     sizes = Counter(size for _, size in good)
-    common = ", ".join(f"{w}x{h} ({count})" for (h, w), count in sizes.most_common(3))
-    print(f"{data.split}: {len(good)} of {len(items)} pairs are good; {len(sizes)} sizes (width x height): {common}")
+    common = ", ".join(f"{w}x{h} ({count} images)" for (h, w), count in sizes.most_common(3))
+    print(f"{data.split}: {len(good)} of {len(items)} pairs are good; {len(sizes)} different sizes: {common}")
     counts = np.array([pixels for pixels, _ in good])  # (images, 256)
     print_classes(counts, data.classes)
     if not counts[:, : len(data.classes)].any():

@@ -1,7 +1,7 @@
-"""Turns masks of grey values or colours into masks of class indices, by a table. The masks themselves stay as they are.
+"""Turns masks of grey values or colours into masks of class indices, by a table. The masks themselves are not changed.
 
     python -m tools.convert_masks masks/   # writes table.txt, the values in the masks; edit the names there
-    python -m tools.convert_masks masks/   # now that it exists: writes indices/**/*.png and indices/classes.txt
+    python -m tools.convert_masks masks/   # now that table.txt exists: writes indices/**/*.png and indices/classes.txt
 
 A line of the table is a value and the name of its class; # begins a comment:
 
@@ -9,8 +9,8 @@ A line of the table is a value and the name of its class; # begins a comment:
     128,64,128   road    # one name for several values makes them one class
     255          void    # neither trained on nor counted
 
-A value is a pixel's grey value, or its colour R,G,B if the mask has colours (palette images have), with a fourth number
-A where it is transparent.
+A value is a pixel's grey value, or its colour R,G,B if the mask has colours or a palette. A transparent pixel has a
+fourth number, A (alpha).
 """
 
 import math
@@ -129,7 +129,7 @@ def add_unnamed_values(table, path, masks, nearest):
         text = (
             f"{len(added)} values that {path} does not name, {part:.2%} of the pixels, such as in {first[unnamed[0]]}"
         )
-        print(f"{text}: the class of the nearest")
+        print(f"{text}: given the class of the nearest value")
     return table | added
 
 
@@ -157,7 +157,7 @@ def main():
     parser.add_argument("--table", type=Path, default=Path("table.txt"), metavar="FILE", help=text)
     text = "the folder for the converted masks (default: indices)"
     parser.add_argument("--out", type=Path, default=Path("indices"), metavar="DIR", help=text)
-    parser.add_argument("--nearest", action="store_true", help="values that the table lacks: the class of the nearest")
+    parser.add_argument("--nearest", action="store_true", help="values that the table lacks get the nearest's class")
     parser.add_overwrite()
     args = parser.parse_args()
     masks = find_images([args.masks], args.out)

@@ -4,8 +4,8 @@
     python -m tools.download voc12aug      # VOC 2012, and SBD's labels in VOC's form; needs scipy
     python -m tools.download cityscapes    # says how: it needs an account
 
-The same command after an interruption goes on with what is missing. It also takes an archive that was put into
-the folder by hand, and adds SBD's labels to a VOC 2012 that is there.
+After an interruption the same command fetches what is missing. It also takes an archive that was put into the folder by
+hand, and adds SBD's labels to a VOC 2012 that is there.
 """
 
 import os

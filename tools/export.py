@@ -7,8 +7,8 @@ DIR/model.safetensors   the weights, under the published parameter names: mmsegm
 DIR/config.json         what builds and evaluates the model; every command here takes DIR as a checkpoint
 DIR/model.onnx          from `images` to `logits`, float32 (N, 3, H, W) to (N, K, H, W), of any N, H and W
 
-For all three, images are RGB in 0..255, minus the mean and divided
-by the std that config.json holds. Needs safetensors; --onnx also needs onnx, onnxscript and onnxruntime.
+Images are RGB in 0..255, minus the mean and divided by the std in config.json. Needs safetensors; --onnx also needs
+onnx, onnxscript and onnxruntime.
 """
 
 import copy
@@ -22,12 +22,11 @@ import torch
 from torch import nn
 
 from ann import PyramidPooling
-from support import zoo
 from support.checkpoint import load_model
 from support.command import InputError, Parser, run_command
 from support.files import refuse_existing, write_file
 from support.images import MEAN, STD
-from support.zoo import newest_checkpoint
+from support.zoo import file_in_folder, newest_checkpoint
 
 # The settings in config.json, which build and evaluate the model; not data_root, which is a folder of this machine.
 KEPT = ("model", "depth", "align_corners", "blocks", "cityscapes_ablation", "classes", "palette")
@@ -97,7 +96,7 @@ def main():
     from safetensors.torch import save
 
     source = args.checkpoint or newest_checkpoint()
-    local = zoo.file_in_folder(Path(source))
+    local = file_in_folder(Path(source))
     out = args.out or (local.parent / "export" if local.is_file() else Path("export"))
     onnx = out / "model.onnx"
     refuse_existing([out / "model.safetensors", out / "config.json", onnx], args.overwrite)

@@ -29,12 +29,12 @@ def paths(out, name):
     return [out / f"{name}_{kind}.png" for kind in ("overlay", "colour", "labels")]
 
 
-def save(image, labels, settings, files):
-    """Writes the three pictures of an image uint8 (H, W, 3) and its labels uint8 (H, W)."""
-    coloured = colour(labels, settings.palette)
+def save(image, prediction, settings, files):
+    """Writes the three pictures of an image uint8 (H, W, 3) and its prediction uint8 (H, W)."""
+    coloured = colour(prediction, settings.palette)
     overlay = Image.blend(Image.fromarray(image.numpy()), coloured, 0.5)
-    overlay = with_legend(overlay, np.unique(labels), settings.classes, settings.palette)
-    for path, picture in zip(files, (overlay, coloured, Image.fromarray(labels.numpy())), strict=True):
+    overlay = with_legend(overlay, np.unique(prediction), settings.classes, settings.palette)
+    for path, picture in zip(files, (overlay, coloured, Image.fromarray(prediction.numpy())), strict=True):
         save_png(picture, path)
 
 
@@ -58,8 +58,8 @@ def main():
     with tqdm(images.items(), "predicting", **BAR) as bar:  # whose line ends before an error is printed
         for name, path in bar:
             image = read_image(path)
-            labels, _ = predict(model, image, settings, args.aug)
-            save(image, labels, settings, paths(args.out, name))
+            prediction, _ = predict(model, image, settings, args.aug)
+            save(image, prediction, settings, paths(args.out, name))
     print(f"{len(images)} images: {args.out}/*_overlay.png, *_colour.png, *_labels.png")
 
 

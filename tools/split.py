@@ -3,8 +3,8 @@
     python -m tools.split photos/ indices/ --out own                      # a fifth to validate on
     python -m tools.split photos/ indices/ --out own --val 0.1 --test 0.1
 
-A mask has its image's name up to the ending, and the same subfolder. The division depends on the names and the seed
-alone. Masks of other values (0 and 255, colours) or formats go through tools.convert_masks first.
+A mask has its image's name, apart from the ending, and lies in the same subfolder. The division depends on the names
+and the seed alone. Masks of other values (0 and 255, colours) or formats go through tools.convert_masks first.
 """
 
 import random
@@ -36,10 +36,10 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("images", type=Path, help="the folder of the images")
     parser.add_argument("masks", type=Path, help="the folder of the masks: .png")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the data set's folder, to be made")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make, for the data set")
     parser.add_argument("--val", type=float, default=0.2, help="share of the images to validate on (default: 0.2)")
     parser.add_argument("--test", type=float, default=0, help="share of the images to test on (default: 0)")
-    parser.add_argument("--seed", type=whole_number, default=0, help="another one draws others (default: 0)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="another divides them differently (default: 0)")
     args = parser.parse_args()
 
     for folder in (args.images, args.masks):
@@ -54,7 +54,7 @@ def main():
     splits = draw(pairs, args.val, args.test, args.seed)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    # Its folder appears when it is whole: a part of a data set could be taken for all of it.
+    # Its folder appears when it is complete: a part of a data set could be mistaken for all of it.
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".split-") as partial:
         made = Path(partial, "made")
         for name, split in tqdm(splits.items(), "splitting", leave=False, **BAR):
