@@ -112,11 +112,11 @@ class ResNetD8(nn.Module):
             nn.Conv2d(half, stem_channels, 3, 1, 1, bias=False), nn.BatchNorm2d(stem_channels), nn.ReLU(inplace=True),
         )
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.channels = [channels * block.expansion for channels in (64, 128, 256, 512)]  # of c1 to c4
+        self.stage_channels = [channels * block.expansion for channels in (64, 128, 256, 512)]  # of c1 to c4
         self.layer1 = stage(block, stem_channels, 64, counts[0], stride=1, dilation=1)
-        self.layer2 = stage(block, self.channels[0], 128, counts[1], stride=2, dilation=1)
-        self.layer3 = stage(block, self.channels[1], 256, counts[2], stride=1, dilation=2)
-        self.layer4 = stage(block, self.channels[2], 512, counts[3], stride=1, dilation=4)
+        self.layer2 = stage(block, self.stage_channels[0], 128, counts[1], stride=2, dilation=1)
+        self.layer3 = stage(block, self.stage_channels[1], 256, counts[2], stride=1, dilation=2)
+        self.layer4 = stage(block, self.stage_channels[2], 512, counts[3], stride=1, dilation=4)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -145,7 +145,7 @@ class Head(nn.Module):
 
 
 class AuxiliaryHead(Head):
-    """A small head on stage 3 whose loss, weighted 0.4, helps the backbone to train (PSPNet, section 4)."""
+    """A small head on c3 whose loss, weighted 0.4, helps the backbone to train (PSPNet, section 4)."""
 
     def __init__(self, in_channels, channels, num_classes):
         super().__init__(channels, num_classes)
@@ -192,13 +192,13 @@ class Segmentor(nn.Module):
 
     def __init__(self, num_classes, depth=50, align_corners=False, stem_channels=64, aux_channels=256, **options):
         super().__init__()
-        slim = 4 if depth < 50 else 1
+        divisor = 4 if depth < 50 else 1
         self.num_classes = num_classes
         self.align_corners = align_corners
         self.backbone = ResNetD8(depth, stem_channels)
-        c3_channels, c4_channels = self.backbone.channels[2:]
-        self.auxiliary_head = AuxiliaryHead(c3_channels, aux_channels // slim, num_classes)
-        self.decode_head = self.head(c3_channels, c4_channels, 512 // slim, num_classes, **options)
+        c3_channels, c4_channels = self.backbone.stage_channels[2:]
+        self.auxiliary_head = AuxiliaryHead(c3_channels, aux_channels // divisor, num_classes)
+        self.decode_head = self.head(c3_channels, c4_channels, 512 // divisor, num_classes, **options)
 
     def forward(self, images):                              # (N, 3, H, W)
         c3, c4 = self.backbone(images)[2:]                  # (N, 1024, H/8, W/8), (N, 2048, H/8, W/8)
