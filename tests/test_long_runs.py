@@ -84,9 +84,7 @@ def test_a_rank_that_dies_is_started_again(folder, run_script, tmp_path):
 def test_a_rank_that_fails_speaks_alone(folder, run_script):
     path = folder / "annotations/train/scene2.png"
     Image.fromarray(np.full((40, 48), 9, np.uint8)).save(path)
-    began = time.monotonic()
     done = run_script(*train_arguments(folder, "run", 10), processes=2, status=1)
-    assert time.monotonic() - began < 60
     assert done.stderr.count("train.py: error: ") == 1 and "scene2.png: holds the value 9" in done.stderr
     assert 'train.py", line' not in done.stderr
 
