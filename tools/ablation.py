@@ -1,7 +1,7 @@
 """The ablation: every model on one set of drawn scenes, with several seeds and one recipe, as a table in Markdown.
 
     python -m tools.ablation                              # 15 runs below runs/ablation/, on two CPU cores under an hour
-    python -m tools.ablation --dataset legend             # where the query matters; over an hour
+    python -m tools.ablation --dataset legend             # where the query matters; two to five hours
     python -m tools.ablation --model fcn gcnet --seeds 1  # finished runs are not run again, stopped ones are continued
 
 mIoU is the mean over the seeds, with the lowest and the highest. For each form of those objects whose class the other
