@@ -69,7 +69,9 @@ def training_step(model, optimizer, scaler, batches, lr, weight=None, dtype=None
         aux_loss = 0.4 * segmentation_loss(aux_logits, labels, weight, align_corners) / len(batches)
         scaler.scale(loss + aux_loss).backward()
         losses += torch.stack([loss, aux_loss]).detach()
-    losses = sum_over_processes(losses) / rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
     if losses.isfinite().all():
         scaler.step(optimizer)
         scaler.update()
