@@ -89,7 +89,8 @@ def infer(args):
 def train(args):
     """train.py's step, from a batch of uint8 crops, colour included, to the new weights."""
     model, _ = build(args)
-    model.train().to(DEVICE, memory_format=torch.channels_last)
+    form = torch.channels_last if DEVICE.type == "cuda" else torch.contiguous_format  # as in train.py
+    model.train().to(DEVICE, memory_format=form)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.amp == "fp16")
     model = torch.compile(model) if args.compile else model
