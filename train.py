@@ -148,7 +148,7 @@ def initial_model(settings, device, from_scratch=True):
         set_first_weights(model, settings)
     if rank_and_world()[1] > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    form = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # faster on a CPU
+    form = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # the faster one there
     return model.to(device, memory_format=form).train()
 
 

@@ -92,7 +92,7 @@ class Settings:
     published model has only those that build and evaluate it."""
 
     model: str = setting("the model to train", "gcnet", choices=tuple(MODELS))
-    dataset: str = setting("the data set, with its recipe; the last three are drawn", "shapes", choices=tuple(PRESETS))
+    dataset: str = setting("data set and recipe; the last three are synthetic", "shapes", choices=tuple(PRESETS))
     data_root: str = setting("the data set's folder (default: its name below data/)", free=True, type=absolute)
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
     blocks: list = setting(f"put blocks into the ResNet: {BLOCKS_HELP}", nargs=2, metavar=("BLOCK", "PLACE"))
@@ -100,7 +100,7 @@ class Settings:
     crop_size: list = setting(
         "of the training crops, and of the windows of --stride", type=positive, nargs=2, metavar=("H", "W")
     )
-    stride: list = setting("evaluate in crops that far apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
+    stride: list = setting("evaluate in crops H, W pixels apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
     batch_size: int = setting("images per process; the published recipes have 4 processes", free=True, type=positive)
     accumulate: int = setting("batches per step", 1, free=True, type=positive)
     iters: int = setting("steps", type=positive)

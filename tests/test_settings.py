@@ -119,6 +119,7 @@ def test_the_batch_is_compared_with_the_published_recipe(parse, monkeypatch):
     monkeypatch.setattr(run, "rank_and_world", lambda: (0, 2))
     for words, expected in (
         (("--dataset", "ade20k"), "give --batch-size or --accumulate for as many, or --lr 0.005"),
+        (("--dataset", "ade20k", "--lr", "0.005"), None),
         (("--dataset", "ade20k", "--batch-size", "8"), None),
         (("--dataset", "folder"), None),
     ):

@@ -32,7 +32,7 @@ from support.checkpoint import build_model
 from support.command import InputError, Parser, positive, run_command, whole_number
 from support.fast import for_inference
 from support.settings import AMP, MODELS, PRESETS, Settings
-from train import training_step
+from train import initial_model, training_step
 
 TEST_SIZES = {"cityscapes": (1024, 2048), "cityscapes769": (1025, 2049), "ade20k": (512, 683), "voc12aug": (512, 683)}
 CLASS_COUNTS = {"cityscapes": 19, "cityscapes769": 19, "ade20k": 150, "voc12aug": 21}
@@ -88,9 +88,10 @@ def infer(args):
 
 def train(args):
     """train.py's step, from a batch of uint8 crops, colour included, to the new weights."""
-    model, _ = build(args)
-    form = torch.channels_last if DEVICE.type == "cuda" else torch.contiguous_format  # as in train.py
-    model.train().to(DEVICE, memory_format=form)
+    built, settings = build(args)
+    model = initial_model(settings, DEVICE, from_scratch=False)
+    model.load_state_dict(built.state_dict())
+    del built
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.amp == "fp16")
     model = torch.compile(model) if args.compile else model
