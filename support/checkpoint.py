@@ -34,7 +34,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     iteration: int = 0  # the steps taken
-    best_miou: float = -1.0  # of all validations
+    best_miou: float = -1.0  # of the validations so far; last.pt is written before that of its own iteration
 
 
 def build_model(settings):
@@ -94,7 +94,7 @@ def read_export(path):
 
 def read_checkpoint(source):
     """The checkpoint of a path, a URL, or a published model's name, with its config as a Settings under `settings`. A
-    folder stands for the model.safetensors or best.pt in it. Raises InputError."""
+    folder stands for the checkpoint in it. Raises InputError."""
     path = zoo.find_file(source)
     saved = read_file(path)
     if isinstance(saved, dict) and "state_dict" in saved:

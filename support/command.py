@@ -130,7 +130,7 @@ def explain(error):
         to_train = "to train, lower --batch-size or --crop-size, or try --amp bf16"
         return f"out of memory; {to_train}; to evaluate, leave out --aug, or give --stride"
     if isinstance(error, FloatingPointError):
-        return f"{message}: the training has diverged, or the checkpoint is damaged"
+        return f"{message}: the training has diverged, the checkpoint is damaged, or --amp fp16 overflows"
     if isinstance(error, BrokenPipeError):
         return "the output was closed"
     if isinstance(error, RuntimeError) and re.search("(timed out|timeout) (waiting|after)", message, re.I):

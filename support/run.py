@@ -50,8 +50,7 @@ def open_run(out, given, resume):
         except InputError as error:
             advice = f"; {out}/best.pt, copied over it, continues from the best validation" * (out / "best.pt").exists()
             raise InputError(f"{error}{advice}") from None
-        old = not saved["settings"].ratios or str in map(type, saved["settings"].class_weights or ())
-        if "optimizer" not in saved or old:  # weights alone, or of an earlier version
+        if "optimizer" not in saved:
             raise InputError(f"{last}: holds no state that can be continued; --init starts from its weights")
         refuse_changes(given, saved["settings"], out)
         settings = replace(saved.pop("settings"), **given)

@@ -42,7 +42,7 @@ class Preset(NamedTuple):
     data: Callable  # (root, split) -> images.Files or scenes.Scenes
     scale: tuple | None  # (long, short) side to which images are resized; None: each keeps its size
     crop_size: tuple  # (height, width); also of the window, where inference slides one
-    batch_size: int  # images per process, for the published number of images with 4 processes
+    batch_size: int  # images per process; where a recipe is published, 4 processes make its images per step
     images_per_step: int | None  # in all processes, as published; None: the recipe is this project's own
     iters: int
     lr: float
@@ -62,8 +62,8 @@ PRESETS = {
     "folder":        Preset(layouts.folder,     None,         (512, 512),  4, None, 20_000, 0.01),
     "shapes":        Preset(scenes.shapes,      None,         (64, 64),    8, None, 240,    0.03, depth=18),
     # A crop out of an enlarged scene could lack the sky or the legend, which decide the labels: no random resizing.
-    "context":       Preset(scenes.context,     None,         (32, 160),   8, None, 300,  0.1, depth=18, ratios=(1, 1)),
-    "legend":        Preset(scenes.legend,      None,         (32, 221),   8, None, 1600, 0.1, depth=18, ratios=(1, 1)),
+    "context":       Preset(scenes.context,     None,         (32, 160),   4, None, 300,  0.1, depth=18, ratios=(1, 1)),
+    "legend":        Preset(scenes.legend,      None,         (32, 221),   4, None, 800,  0.1, depth=18, ratios=(1, 1)),
 }
 # fmt: on
 
@@ -100,7 +100,7 @@ class Settings:
     crop_size: list = setting(
         "of the training crops, and of the windows of --stride", type=positive, nargs=2, metavar=("H", "W")
     )
-    stride: list = setting("evaluate in crops H, W pixels apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
+    stride: list = setting("evaluate in windows this far apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
     batch_size: int = setting("images per process; the published recipes have 4 processes", free=True, type=positive)
     accumulate: int = setting("batches per step", 1, free=True, type=positive)
     iters: int = setting("steps", type=positive)
@@ -129,14 +129,15 @@ def defaults(given):
     dataset = given.get("dataset", "shapes")
     preset = PRESETS[dataset]
     crop_size = given.get("crop_size", preset.crop_size)
-    has_weights = given.get("depth", preset.depth) in BACKBONES and not given.get("cityscapes_ablation")
+    backbone_fits = given.get("depth", preset.depth) in BACKBONES and not given.get("cityscapes_ablation")
+    needs_none = given.get("init") or dataset in ("shapes", "context", "legend")
     return {
         "depth": preset.depth,
         "crop_size": list(preset.crop_size),
         "batch_size": preset.batch_size,
         "iters": preset.iters,
         "lr": preset.lr,
-        "pretrained": "imagenet" if has_weights and dataset not in ("shapes", "context", "legend") else "none",
+        "pretrained": "imagenet" if backbone_fits and not needs_none else "none",
         "scale": preset.scale and list(preset.scale),
         "ratios": list(preset.ratios),
         "align_corners": preset.align_corners,
@@ -201,4 +202,4 @@ def refuse_changes(given, settings, out):
         had = getattr(settings, option.name)
         if not option.metadata["free"] and given.get(option.name, had) != had:
             advice = f"--init {out}/last.pt --out NEW starts another run from its weights"
-            raise InputError(f"{flag(option)} {given[option.name]}: the run in {out} has {had or 'none'}; {advice}")
+            raise InputError(f"{flag(option)} {given[option.name]}: the run in {out} has {had}; {advice}")

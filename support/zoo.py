@@ -39,7 +39,7 @@ def find_file(source):
     else:
         path = file_in_folder(Path(source))
     if not path.is_file():
-        what = "a file, a folder with best.pt or model.safetensors, a URL, or a name in ZOO.md"
+        what = "a file, a folder with one in it, a URL, or a name in ZOO.md"
         raise InputError(f"{path}: there is no such checkpoint; it must be {what}")
     digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if digits and not (found := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(digits[1]):
@@ -48,17 +48,17 @@ def find_file(source):
 
 
 def file_in_folder(path):
-    """The checkpoint's file in a folder: what tools/export.py wrote, or a run's best.pt; else the path itself."""
-    files = (path / "model.safetensors", path / "best.pt")
+    """The checkpoint in a folder: an exported model, a run's best.pt, or else its last.pt; or the path itself, if none."""
+    files = (path / "model.safetensors", path / "best.pt", path / "last.pt")
     return next((file for file in files if file.is_file()), path)
 
 
 def newest_checkpoint():
-    """Prints and returns the newest best.pt in runs/*/ or runs/*/*/. Raises InputError if there is none."""
-    found = [path for pattern in ("*/best.pt", "*/*/best.pt") for path in Path("runs").glob(pattern)]
+    """Prints and returns the checkpoint of the newest run in runs/*/ and runs/*/*/. Raises InputError without a run."""
+    found = [path for pattern in ("*/*.pt", "*/*/*.pt") for path in Path("runs").glob(pattern)]
     if not found:
         raise InputError("runs/: holds no run yet; name a checkpoint, or train one with: python train.py")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
+    newest = file_in_folder(max(found, key=lambda path: path.stat().st_mtime).parent)
     print(f"checkpoint: {newest}")
     return newest
 

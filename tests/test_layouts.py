@@ -156,7 +156,7 @@ def test_an_output_folder_that_is_or_holds_that_of_the_images(tmp_path):
 
 def test_check_command(folder, run_script, run_inside, capsys):
     done = run_inside(check_data, "--data-root", folder, "--workers", 0)
-    assert "train: 6 of 6 pairs are good; 1 different sizes: 48x40 (6 images)" in done
+    assert "train: 6 of 6 pairs are good; 1 size(s), height x width: 40x48 (6 images)" in done
     assert "house" in done and "good: no problems found" in done
     label(folder / "annotations/train/scene1.png", (7,))
     (folder / "images/val/scene1.png").write_bytes(b"")

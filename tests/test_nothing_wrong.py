@@ -284,6 +284,10 @@ def test_the_newest_run_is_named_and_may_be_a_link(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out == "checkpoint: runs/b/c/best.pt\n"
     (tmp_path / "runs/d").symlink_to(tmp_path / "elsewhere")
     assert str(newest_checkpoint()) == "runs/d/best.pt"
+    (tmp_path / "runs/b/c/last.pt").touch()
+    assert str(newest_checkpoint()) == "runs/b/c/best.pt"  # of the run that was written last
+    (tmp_path / "runs/b/c/best.pt").unlink()
+    assert str(newest_checkpoint()) == "runs/b/c/last.pt"  # not yet validated
 
 
 # --------------------------------------------------------------------------------------------------------- messages

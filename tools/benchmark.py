@@ -29,13 +29,14 @@ from evaluate import predict
 from resnet_d8 import ResNetD8
 from support import zoo
 from support.checkpoint import build_model
+from support.classes import CLASSES
 from support.command import InputError, Parser, positive, run_command, whole_number
 from support.fast import for_inference
 from support.settings import AMP, MODELS, PRESETS, Settings
 from train import initial_model, training_step
 
 TEST_SIZES = {"cityscapes": (1024, 2048), "cityscapes769": (1025, 2049), "ade20k": (512, 683), "voc12aug": (512, 683)}
-CLASS_COUNTS = {"cityscapes": 19, "cityscapes769": 19, "ade20k": 150, "voc12aug": 21}
+CLASS_COUNTS = {name: len(CLASSES[name.removesuffix("769")]) for name in TEST_SIZES}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -58,8 +58,8 @@ def check_split(data, workers):
     if not good:
         return len(problems)
     sizes = Counter(size for _, size in good)
-    common = ", ".join(f"{w}x{h} ({count} images)" for (h, w), count in sizes.most_common(3))
-    print(f"{data.split}: {len(good)} of {len(items)} pairs are good; {len(sizes)} different sizes: {common}")
+    common = ", ".join(f"{h}x{w} ({count} images)" for (h, w), count in sizes.most_common(3))
+    print(f"{data.split}: {len(good)} of {len(items)} pairs are good; {len(sizes)} size(s), height x width: {common}")
     counts = np.array([pixels for pixels, _ in good])  # (images, 256)
     print_classes(counts, data.classes)
     if not counts[:, : len(data.classes)].any():
