@@ -48,7 +48,7 @@ def find_file(source):
 
 
 def file_in_folder(path):
-    """The checkpoint in a folder: an exported model, a run's best.pt, else its last.pt; the path itself if there is none."""
+    """The checkpoint in a folder: an exported model, else a run's best.pt, else its last.pt; else the path itself."""
     files = (path / "model.safetensors", path / "best.pt", path / "last.pt")
     return next((file for file in files if file.is_file()), path)
 
