@@ -141,10 +141,11 @@ def test_the_ablation_refuses_another_run(run_inside, tmp_path):
     out.mkdir(parents=True)
     settings = Settings(**defaults({"dataset": "context"}) | {"dataset": "context", "model": "fcn", "iters": 1})
     settings.effective_batch = settings.batch_size
-    for name, value, wanted in (("iters", 2, 1), ("amp", "bf16", "none")):
+    for name, value, wanted in (("iters", 2, 1), ("amp", "bf16", "none"), ("effective_batch", 8, 4)):
         torch.save({"model": {}, "config": vars(replace(settings, **{name: value}))}, out / "last.pt")
         message = run_inside(ablation, *arguments, 1, fails=True)
-        assert message.startswith(f"--{name} {wanted}: the run in runs/ablation/context-fcn-0 has {value}")
+        words = f"--{name} {wanted}".replace("_", "-")
+        assert message.startswith(f"{words}: the run in runs/ablation/context-fcn-0 has {value}")
     (out / "last.pt").rename(out / "best.pt")  # train.py refuses this one
     message = run_inside(ablation, *arguments, 1, fails=True)
     assert message.startswith("runs/ablation/context-fcn-0: its training ended early, see above")

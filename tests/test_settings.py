@@ -68,6 +68,7 @@ def test_where_there_are_imagenet_weights_they_are_the_default(depth, weights, p
     for name in PRESETS:
         drawn = name in ("shapes", "context", "legend")  # with which a run needs no downloads
         assert parse("--dataset", name, "--depth", str(depth))[0].pretrained == ("none" if drawn else weights)
+        assert parse("--dataset", name, "--depth", str(depth), "--init", "x")[0].pretrained == "none"
 
 
 def test_a_resumed_run_keeps_its_settings(parse):
