@@ -1,7 +1,7 @@
 """The ablation: every model on one set of drawn scenes, with several seeds and one recipe, as a table in Markdown.
 
-    python -m tools.ablation                              # 15 runs below runs/ablation/; two CPU cores: half an hour
-    python -m tools.ablation --dataset legend             # where the query matters; an hour and a half
+    python -m tools.ablation                              # 15 runs below runs/ablation/; two CPU cores: under an hour
+    python -m tools.ablation --dataset legend             # where the query matters; two hours
     python -m tools.ablation --model fcn gcnet --seeds 1  # finished runs are not run again, stopped ones are continued
 
 mIoU is the mean over the seeds, with the lowest and the highest. For each form of those objects whose class the other
@@ -36,7 +36,7 @@ def train(out, given):
     it is finished. Raises InputError if the folder holds another run, or the training ends early."""
     if (out / "last.pt").exists():
         expected = {"blocks": None, "class_weights": None, "init": None} | defaults(given) | given
-        expected["effective_batch"] = expected["batch_size"]  # a resumed run keeps its own
+        expected["effective_batch"] = expected["batch_size"]  # images per step, which a resumed run keeps
         refuse_changes(expected, read_checkpoint(out / "last.pt")["settings"], out)
         if given["iters"] in validations(out):
             return
