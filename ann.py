@@ -18,8 +18,8 @@ samples, the averages of pyramid pooling to 1x1, 3x3, 6x6 and 8x8 cells, so that
     APNB, section 3.2   lets features attend to themselves; the published models share its query's and key's projection
     AFNB, section 3.3   fuses the last two stages: queries from c4, keys and values from c3 (the paper's Stage5, Stage4)
 
-Some names are those of the published checkpoints: stages, bottleneck, fusion. Evaluation replaces AFNB and APNB by a
-faster form with the same result, SampledFirst in support/fast.py: a change here must be made there, too.
+Some names are those of the published checkpoints: stages, bottleneck, fusion, context (APNB). What changes here must
+change in the other forms too: SampledFirst in support/fast.py, and MatrixPooling in tools/export.py.
 """
 
 import torch

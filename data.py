@@ -26,7 +26,7 @@ def open_data(name, root, split, cache=None):
     data = from_rank_0(PRESETS[name].data, root, split)
     data.name, data.split, data.cache = name, split, cache
     if not data.files:
-        raise InputError(f"{root or name}: there are no images in the split {split!r}")
+        raise InputError(f"{root or name}: the split {split!r} has no images; README.md shows where they belong")
     return data
 
 
@@ -72,8 +72,8 @@ def keep_ratio(size, scale):
 
 def random_crop(label, size, crop, rng):
     """A window (top, left, height, width) of the image resized to `size`, no larger than `crop`; and the label there,
-    resized to the nearest pixel. While fewer than two classes, or one class with 75% or more, fill the label's valid
-    pixels, the window is drawn again, up to 10 times."""
+    resized to the nearest pixel. The window is drawn again, up to 10 times, while its valid pixels show fewer than two
+    classes, or 75% or more of them one class."""
     rows, columns = nearest_pixels(label.shape[0], size[0]), nearest_pixels(label.shape[1], size[1])
     for _ in range(11):
         top = int(rng.integers(max(size[0] - crop[0], 0) + 1))
@@ -86,7 +86,7 @@ def random_crop(label, size, crop, rng):
 
 
 def nearest_pixels(old, new):
-    """int64 (new,): the pixel out of `old` nearest to each of `new`, on the grid of the image's resizing."""
+    """int64 (new,): for each pixel of a resized side, the nearest of its `old` pixels, on the grid of `resize`."""
     return ((np.arange(new) + 0.5) * (old / new)).astype(int).clip(max=old - 1)
 
 
@@ -132,7 +132,7 @@ def distort(images, colour):
 
 
 def training_loader(data, settings, iteration, rank, world, pin_memory):
-    """The batches of one process among `world` from an iteration on: an iterator of stacks of TrainData's samples."""
+    """An iterator over the batches of process `rank` of `world`, from an iteration on: TrainData's samples, stacked."""
     samples = TrainData(data, settings.crop_size, settings.scale, settings.seed, settings.ratios)
     start, stop = iteration * settings.accumulate, settings.iters * settings.accumulate
     keys = batch_keys(len(data), settings.batch_size, settings.seed, start, stop, rank, world)

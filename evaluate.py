@@ -116,7 +116,7 @@ def metrics(matrix):
     """Of a confusion matrix: IoU, Acc (recall), Precision and Fscore of each class (K,), their means over the classes
     mIoU, mAcc, mPrecision and mFscore, the accuracy of all pixels aAcc, all in 0..1; and `matrix` itself.
 
-    What a class has none of is NaN, such as the accuracy of one never labelled; the means leave NaN out.
+    What would divide by zero is NaN, such as the accuracy of a class never labelled; the means leave NaN out.
     """
     counts = matrix.double()
     correct, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
@@ -177,12 +177,12 @@ def parse_arguments():
     parser.add_argument("checkpoint", nargs="?", help="file, folder, URL or published name (default: newest in runs/)")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_argument("--dataset", choices=PRESETS, help="default: the one that the checkpoint was trained on")
-    parser.add_argument("--data-root", help="the data set's folder (default: that of the training)")
+    parser.add_argument("--data-root", help="the data set's folder (default: the training's, or as train.py's)")
     parser.add_argument("--split", default="val", help="train, val or test (default: val)")
     maps = parser.add_mutually_exclusive_group()
     maps.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")
     maps.add_argument("--submit", metavar="DIR", help="write them in the form that the data set's test server takes")
-    parser.add_argument("--json", metavar="FILE", help="write all figures, and the confusion matrix")
+    parser.add_argument("--json", metavar="FILE", help="write each class's metrics and the confusion matrix")
     parser.add_overwrite()
     parser.add_stride()
     parser.add_device()

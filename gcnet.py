@@ -33,7 +33,7 @@ def global_attention_pooling(x, conv_mask):                 # (N, C, H, W)
 
 
 class SimplifiedNonLocalBlock(nn.Module):
-    """SNL (section 4.1, figure 4b): (N, C, H, W) to the same, by a full transform. Starts as the identity."""
+    """SNL (section 4.1, figure 4b): adds W_v times the context to (N, C, H, W). Starts as the identity."""
 
     def __init__(self, channels):
         super().__init__()
@@ -50,8 +50,8 @@ class SimplifiedNonLocalBlock(nn.Module):
 
 
 class GCBlock(nn.Module):
-    """GC (section 4.3, figure 4d): (N, C, H, W) to the same, by a bottleneck transform. With fusion "add" it starts as
-    the identity, with "mul" by halving x; pooling is "att" or "avg"."""
+    """GC (section 4.3, figure 4d): adds the context after a bottleneck to (N, C, H, W), or with fusion "mul" multiplies
+    by its sigmoid. Starts as the identity, with "mul" by halving x. pooling is "att" or "avg"."""
 
     def __init__(self, channels, ratio=4, pooling="att", fusion="add"):
         super().__init__()

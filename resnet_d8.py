@@ -167,7 +167,7 @@ class FCNHead(Head):
     def context(self, x):
         return x
 
-    def forward(self, c3, c4):                              # (N, 2048, H, W); only ANN's head uses c3
+    def forward(self, c3, c4):                              # c4: (N, 2048, H, W); c3 is for ANN's head
         out = self.context(self.convs[0](c4))               # (N, 512, H, W)
         out = self.convs[1](out)                            # (N, 512, H, W)
         out = self.conv_cat(torch.cat([c4, out], dim=1))    # (N, 512, H, W)

@@ -32,14 +32,14 @@ from support.settings import AMP, parse_arguments
 
 
 def poly_lr(iteration, iters, lr=0.01, min_lr=1e-4, power=0.9):
-    """The learning rate of an iteration in 0..iters-1: polynomial decay from lr to min_lr, or to lr if that is less."""
+    """The learning rate of an iteration in 0..iters-1: polynomial decay from lr to min_lr, if that is less."""
     min_lr = min(min_lr, lr)
     return (lr - min_lr) * (1 - iteration / iters) ** power + min_lr
 
 
 def segmentation_loss(logits, labels, weight=None, align_corners=False):
     """Cross-entropy of logits (N, K, h, w), resized to the labels (N, H, W): the sum over the valid pixels, divided by
-    the number of all pixels, void included, as the reference does. weight (K,) scales the terms, not the divisor:
+    the number of all pixels, void included, as mmsegmentation does. weight (K,) scales the terms, not the divisor:
 
         logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
         loss = F.cross_entropy(logits, labels, weight, ignore_index=255, reduction="sum")
@@ -99,7 +99,7 @@ def main():
         del saved  # as large as the state
     elif rank == 0:
         write_checkpoint(state, settings, out / "last.pt")  # from here on there is a run to continue
-    model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     model = torch.compile(model) if settings.compile else model
 
     loader = training_loader(train_data, settings, state.iteration, rank, world, device.type == "cuda")
@@ -148,8 +148,8 @@ def initial_model(settings, device, from_scratch=True):
         set_first_weights(model, settings)
     if rank_and_world()[1] > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    form = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # the faster one there
-    return model.to(device, memory_format=form).train()
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # the faster one there
+    return model.to(device, memory_format=memory_format).train()
 
 
 def validation_is_due(iteration, iters):
@@ -161,7 +161,7 @@ def validate(state, data, loader, settings, run):
     """The metrics() of the present weights, which are also logged and shown. Saves the state as best.pt if no
     validation was as good. Raises InputError if the training has diverged."""
     if dist.is_initialized():
-        for buffer in state.model.buffers():  # BatchNorm's statistics may differ; DDP uses those of rank 0
+        for buffer in state.model.buffers():  # BatchNorm's statistics, which may differ: those of rank 0
             dist.broadcast(buffer, 0)
     model = for_inference(copy.deepcopy(state.model), next(state.model.parameters()).device)
     try:

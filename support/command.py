@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", choices=("cuda", "cpu", "mps", "xpu"), help=text)
 
     def add_stride(self):
-        text = "evaluate in windows of the training crop's size, this far apart, which needs less memory"
+        text = "run the model on windows of the training crop's size, this far apart; needs less memory"
         self.add_argument("--stride", type=positive, nargs=2, metavar=("H", "W"), help=text)
 
     def add_overwrite(self):
@@ -126,7 +126,8 @@ def explain(error):
     if isinstance(error, InputError):
         # From a data-loading worker it arrives behind a traceback.
         return message.partition(f"\n{InputError.__module__}.InputError: ")[2] or message
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", message):
+    no_memory = "out of memory|can't allocate memory|ALLOC_FAILED|unable to find an engine"  # the last is cuDNN's
+    if isinstance(error, MemoryError) or re.search(no_memory, message):
         to_train = "to train, lower --batch-size or --crop-size, or try --amp bf16"
         return f"out of memory; {to_train}; to evaluate, leave out --aug, or give --stride"
     if isinstance(error, FloatingPointError):

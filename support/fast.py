@@ -112,10 +112,10 @@ def resized_classes(logits, size, align_corners, label=None):
     photograph and many classes the resized logits could fill the memory."""
     if logits.shape[2:] == size:
         return classes_and_loss(logits[0], label)
-    down = bilinear(logits.shape[2], size[0], align_corners, logits)                # (H, h)
+    row_matrix = bilinear(logits.shape[2], size[0], align_corners, logits)  # (H, h)
     parts = []
-    for rows, small in bands(down, logits.shape[1] * size[1]):
-        part = down[rows, small] @ logits[0, :, small]                              # (K, rows, w)
+    for rows, small in bands(row_matrix, logits.shape[1] * size[1]):
+        part = row_matrix[rows, small] @ logits[0, :, small]                # (K, rows, w)
         part = F.interpolate(part[None], (part.shape[1], size[1]), mode="bilinear", align_corners=align_corners)
         parts.append(classes_and_loss(part[0], None if label is None else label[rows]))
     classes, losses = zip(*parts, strict=True)

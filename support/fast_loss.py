@@ -16,7 +16,7 @@ def resized_cross_entropy(logits, labels, weight=None, align_corners=False):
 
 
 class ResizedCrossEntropy(torch.autograd.Function):
-    """The sum and its gradient, for a band of rows after another: neither the K x H x W resized logits nor their
+    """The sum and its gradient, one band of rows after another: neither the K x H x W resized logits nor their
     softmax ever exist as a whole.
 
     Bilinear resizing is a matrix for the rows and one for the columns. The gradient of the cross-entropy is softmax
@@ -27,21 +27,21 @@ class ResizedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, weight, align_corners):
         (n, k, h, w), (height, width) = logits.shape, labels.shape[1:]
-        down, across = bilinear(h, height, align_corners, logits), bilinear(w, width, align_corners, logits)
-        wide = logits.contiguous() @ across.T                               # (N, K, h, W)
-        wide_gradient = torch.zeros_like(wide)                              # (N, K, h, W)
+        row_matrix, col_matrix = bilinear(h, height, align_corners, logits), bilinear(w, width, align_corners, logits)
+        wide = logits.contiguous() @ col_matrix.T                                 # (N, K, h, W)
+        wide_gradient = torch.zeros_like(wide)                                    # (N, K, h, W)
         loss = logits.new_zeros(())
-        for rows, small in bands(down, n * k * width):
-            classes = labels[:, None, rows]                                 # (N, 1, rows, W)
+        for rows, small in bands(row_matrix, n * k * width):
+            classes = labels[:, None, rows]                                       # (N, 1, rows, W)
             valid = classes != VOID
             classes = classes.where(valid, 0)
             terms = valid.to(wide) if weight is None else weight.to(wide)[classes] * valid
-            log_p = (down[rows, small] @ wide[:, :, small]).log_softmax(1)  # (N, K, rows, W)
-            log_p_true = log_p.gather(1, classes)                           # (N, 1, rows, W)
+            log_p = (row_matrix[rows, small] @ wide[:, :, small]).log_softmax(1)  # (N, K, rows, W)
+            log_p_true = log_p.gather(1, classes)                                 # (N, 1, rows, W)
             loss -= (log_p_true * terms).sum()
             gradient = log_p.exp_().scatter_(1, classes, log_p_true.exp() - 1).mul_(terms)
-            wide_gradient[:, :, small] += down[rows, small].T @ gradient
-        ctx.save_for_backward(wide_gradient @ across)
+            wide_gradient[:, :, small] += row_matrix[rows, small].T @ gradient
+        ctx.save_for_backward(wide_gradient @ col_matrix)
         return loss
 
     @staticmethod

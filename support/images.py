@@ -37,7 +37,7 @@ def open_image(path):
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can meet any of them
-        raise InputError(f"{path}: cannot be read as an image ({error})") from None
+        raise InputError(f"{path}: cannot be read as {', '.join(FORMATS)} ({error})") from None
 
 
 def read_image(path):
@@ -142,9 +142,9 @@ def resize(image, size, window=None):
     if not window and size == image.shape[:2]:
         return image
     top, left, h, w = window or (0, 0, *size)
-    # F.interpolate's kernel for uint8 begins at the first pixel; with the scales given it may end at the window's last.
-    bottom, right = max(top + h, 2), max(left + w, 2)  # asked for one pixel, it errs on some processors
-    asked = [bottom + (bottom == image.shape[0]), right + (right == image.shape[1])]  # of the same size, it copies
+    # F.interpolate's kernel for uint8 starts at the first pixel; with scales given it may stop where the window ends.
+    bottom, right = max(top + h, 2), max(left + w, 2)  # a result of one pixel is wrong on some processors
+    asked = [bottom + (bottom == image.shape[0]), right + (right == image.shape[1])]  # else the image would be copied
     scales = size[0] / image.shape[0], size[1] / image.shape[1]
     out = torch.ops.aten.upsample_bilinear2d(image.permute(2, 0, 1)[None], asked, False, *scales)
     return out[0, :, top : top + h, left : left + w].permute(1, 2, 0)

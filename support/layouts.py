@@ -2,11 +2,11 @@
 
     folder      images/{train,val,...}/**/*.{jpg,png,...}, annotations/{train,val,...}/**/*.png, classes.txt
     ade20k      images/{training,validation}/*.jpg, annotations/{training,validation}/*.png
-    cityscapes  leftImg8bit/{train,val,test}/*/*_leftImg8bit.png, gtFine/{train,val,test}/*/*_gtFine_labelIds.png
+    cityscapes  {leftImg8bit,gtFine}/{train,val,test}/*/*_{leftImg8bit,gtFine_labelIds,gtFine_labelTrainIds}.png
     voc12aug    JPEGImages/*.jpg, SegmentationClass{,Aug}/*.png, ImageSets/Segmentation/{train,aug,val}.txt
 
 Each of the four functions takes the data set's root (None: its name below data/) and the split's name, and returns
-images.Files. It raises InputError where files are missing or cannot be told apart. At the end: images without labels.
+images.Files. It raises InputError where files are missing or cannot be told apart. find_images needs no labels.
 """
 
 import glob
@@ -70,7 +70,7 @@ def note_unused(files, why):
         print(f"note: not used: {files[0]}{others}; {why}", file=sys.stderr)
 
 
-def match(images, image_ends, labels, label_ends):
+def pair_files(images, image_ends, labels, label_ends):
     """(image, label) paths whose names below the two folders are equal up to their endings, in sorted order; says which
     files are not used. Labels are None where their folder does not exist, as in the test splits of some data sets.
     Raises InputError where an image has no label, or two files have one name."""
@@ -121,14 +121,14 @@ def folder(root, split):
         if not name or name in names[: line - 1]:
             raise InputError(f"{root / 'classes.txt'}: line {line} is {'a second ' + name if name else 'empty'}")
     images = root / "images" / split
-    files = match(images, IMAGE_ENDS, root / "annotations" / split, (".png",))
+    files = pair_files(images, IMAGE_ENDS, root / "annotations" / split, (".png",))
     return Files(files, names, bit_colours(len(names) + 1)[1:], label_table(range(len(names))), tree=images)
 
 
 def ade20k(root, split):
     root = find_root(root, "ade20k", "images", ("ADEChallengeData2016",))
     split = {"train": "training", "val": "validation"}.get(split, split)
-    files = match(root / "images" / split, (".jpg",), root / "annotations" / split, (".png",))
+    files = pair_files(root / "images" / split, (".jpg",), root / "annotations" / split, (".png",))
     values = range(1, 151)
     return Files(files, *names_and_colours("ade20k"), label_table(values, void=[0]), submission=values)
 
@@ -140,7 +140,7 @@ def cityscapes(root, split):
         end, table = "_gtFine_labelTrainIds.png", label_table(range(19))
     else:
         end, table = "_gtFine_labelIds.png", label_table(CITYSCAPES_IDS, void=range(256))
-    files = match(images, ("_leftImg8bit.png",), labels, (end,))
+    files = pair_files(images, ("_leftImg8bit.png",), labels, (end,))
     return Files(files, *names_and_colours("cityscapes"), table, submission=CITYSCAPES_IDS)
 
 

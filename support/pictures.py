@@ -47,7 +47,7 @@ def with_legend(picture, shown, names, palette, gap=8, cell=150):
     return canvas
 
 
-def compare(rows, names, palette, tile=256, gap=8):
+def draw_comparison(rows, names, palette, tile=256, gap=8):
     """One picture of several (image uint8 (H, W, 3), label, prediction uint8 (H, W)), a row each, with a legend of the
     classes they show."""
     font = ImageFont.load_default(14)

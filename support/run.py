@@ -22,7 +22,7 @@ except ImportError:  # Windows has other locks, so there is none there
 from support.checkpoint import read_checkpoint, write_checkpoint
 from support.command import BAR, InputError
 from support.files import write_file
-from support.pictures import compare, save_png, without_nan
+from support.pictures import draw_comparison, save_png, without_nan
 from support.processes import rank_and_world
 from support.report import write_report
 from support.settings import PRESETS, Settings, check_stride, defaults, refuse_changes
@@ -188,7 +188,7 @@ class Run:
         self.log(iteration, val_loss=result["loss"], **means, IoU=without_nan(result["IoU"]))
         path = self.out / "samples" / f"{iteration:06}.png"
         self.say(f"iteration {iteration}: mIoU {result['mIoU']:.2%}, {path}")
-        picture = compare(rows, self.settings.classes, self.settings.palette)
+        picture = draw_comparison(rows, self.settings.classes, self.settings.palette)
         save_png(picture, path)
         lines = read_log(self.out)
         write_report(self.out, vars(self.settings), lines, result["matrix"])

@@ -6,7 +6,7 @@
     legend   at one end every form stands once, red or cyan at random; three grey objects at the other end have the
              class of the coloured one of their form. So where an object must look depends on the object.
 
-Each of these, at the end of the file, takes a root, which it ignores, and a split.
+Each of these, at the end of the file, takes a root, which must be None, and a split.
 """
 
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch.utils.data import Dataset
 
+from support.command import InputError
 from support.images import VOID
 
 COUNTS = {"train": 4000, "val": 50, "test": 50}  # scenes of each split
@@ -40,7 +41,7 @@ LEGEND_PALETTE = (
 )
 LEGEND_HUES = (0, 128)  # red and cyan
 STEP = 27  # pixels from one object to the next
-GAP = 32  # more of them between the legend's four objects and the three others
+GAP = 32  # pixels more between the legend's four objects and the three others
 LEGEND_WIDTH = 7 * STEP + GAP
 
 CIRCLE = [(np.cos(t), np.sin(t)) for t in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
@@ -55,12 +56,14 @@ OUTLINES = {
 
 
 class Scenes(Dataset):
-    """One split of a drawn data set, used as images.Files is. Item i is draw(split, i) as tensors."""
+    """One split of a synthetic data set, used as images.Files is. Item i is draw(split, i) as tensors."""
 
     labelled = True
     tree = submission = None  # of Files, where these say how label maps are saved
 
     def __init__(self, draw, classes, palette, root, split):
+        if root:
+            raise InputError(f"--data-root {root}: goes with --dataset folder, for own images; this one is synthetic")
         self.draw, self.split, self.classes, self.palette = draw, split, classes, palette
         self.files = [(Path(f"{split}{i:05}"), None) for i in range(COUNTS.get(split, 0))]  # names only, no files
 
@@ -85,17 +88,17 @@ def draw_shapes(split, index):
         turn = rng.uniform(0, 2 * np.pi)
         hsv = (int(rng.normal(kind * 51, 12)) % 256, *rng.integers(150, 256, 2).tolist())
         place(image, label, SHAPES[kind], kind, centre, radius, turn, hsv)
-    return finish(image, label, rng)
+    return add_noise_and_borders(image, label, rng)
 
 
 def draw_context(split, index, time=None):
     """Scene `index` of a split: image uint8 (32, 160, 3) and label uint8 (32, 160), void along the borders.
 
-    time  0 (dusk) or 1 (day) instead of the one drawn: changes the sky's pixels, the objects' labels, and no more
+    time  0 (dusk) or 1 (day) instead of the random one: changes the sky's pixels, the objects' labels, and no more
     """
     rng = np.random.default_rng((list(COUNTS).index(split), index))
-    drawn = int(rng.integers(2))
-    time = drawn if time is None else time
+    random_time = int(rng.integers(2))
+    time = random_time if time is None else time
     patches = (rng.integers(70, 150, (4, 20, 1)) + rng.integers(-25, 26, (4, 20, 3))).astype(np.uint8)
     image = Image.fromarray(patches).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     label = Image.new("L", (WIDTH, HEIGHT))
@@ -110,21 +113,21 @@ def draw_context(split, index, time=None):
         hsv = (int(rng.normal(hue, 8)) % 256, *rng.integers(150, 256, 2).tolist())
         centre = (x, rng.uniform(radius, HEIGHT - radius))
         place(image, label, form, 3 + 2 * kind + time, centre, radius, turn, hsv)
-    return finish(image, label, rng, mirror=True)
+    return add_noise_and_borders(image, label, rng, mirror=True)
 
 
 def draw_legend(split, index, chosen=None):
     """Scene `index` of a split: image uint8 (32, 221, 3) and label uint8 (32, 221), void along the borders.
 
-    chosen  the colour of each form, 0 (red) or 1 (cyan), instead of those drawn: changes the legend's pixels, the
+    chosen  the colour of each form, 0 (red) or 1 (cyan), instead of random ones: changes the legend's pixels, the
             labels, and no more
     """
     rng = np.random.default_rng((list(COUNTS).index(split), index))
     patches = rng.integers(70, 150, (4, LEGEND_WIDTH // 8)).astype(np.uint8)
     image = Image.fromarray(patches).resize((LEGEND_WIDTH, HEIGHT), Image.Resampling.BICUBIC).convert("RGB")
     label = Image.new("L", (LEGEND_WIDTH, HEIGHT))
-    drawn = rng.integers(2, size=4)
-    chosen = drawn if chosen is None else chosen
+    random_colours = rng.integers(2, size=4)
+    chosen = random_colours if chosen is None else chosen
     for i, kind in enumerate([*rng.permutation(4), *rng.integers(4, size=3)]):  # the legend, then three objects
         radius = rng.uniform(11.5, 12.5)
         turn = rng.uniform(0, 2 * np.pi)
@@ -133,7 +136,7 @@ def draw_legend(split, index, chosen=None):
         saturation, brightness = rng.integers(180, 256, 2).tolist()
         hsv = (hue, saturation if i < 4 else 0, brightness)
         place(image, label, LEGEND_FORMS[kind], int(1 + 2 * kind + chosen[kind]), centre, radius, turn, hsv)
-    return finish(image, label, rng, mirror=True)
+    return add_noise_and_borders(image, label, rng, mirror=True)
 
 
 def place(image, label, form, kind, centre, radius, turn, hsv):
@@ -148,7 +151,7 @@ def place(image, label, form, kind, centre, radius, turn, hsv):
     label.paste(kind, mask=mask)
 
 
-def finish(image, label, rng, mirror=False):
+def add_noise_and_borders(image, label, rng, mirror=False):
     """Pillow's image and label to arrays, with noise on the one and void along the borders in the other. If `mirror`,
     half of the scenes are mirrored."""
     border = np.asarray(label.filter(ImageFilter.MaxFilter(3))) != np.asarray(label.filter(ImageFilter.MinFilter(3)))

@@ -68,7 +68,7 @@ PRESETS = {
 # fmt: on
 
 
-def positive_number(text):
+def number_above_0(text):
     """A finite number above 0, for argparse."""
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
@@ -97,23 +97,21 @@ class Settings:
     depth: int = setting("of the ResNet", type=int, choices=tuple(ResNetD8.BLOCKS))
     blocks: list = setting(f"put blocks into the ResNet: {BLOCKS_HELP}", nargs=2, metavar=("BLOCK", "PLACE"))
     cityscapes_ablation: bool = setting("the model sizes of GCNet's Cityscapes ablation", False)
-    crop_size: list = setting(
-        "of the training crops, and of the windows of --stride", type=positive, nargs=2, metavar=("H", "W")
-    )
+    crop_size: list = setting("of crops, and of --stride's windows", type=positive, nargs=2, metavar=("H", "W"))
     stride: list = setting("evaluate in windows this far apart", free=True, type=positive, nargs=2, metavar=("H", "W"))
     batch_size: int = setting("images per process; the published recipes have 4 processes", free=True, type=positive)
     accumulate: int = setting("batches per step", 1, free=True, type=positive)
     iters: int = setting("steps", type=positive)
-    lr: float = setting("the first learning rate", type=positive_number)
+    lr: float = setting("the first learning rate", type=number_above_0)
     pretrained: str = setting("the backbone's weights: imagenet (not for depth 34), none, a file or a URL")
     init: str = setting("start from the weights of a checkpoint: file, folder, URL or published name")
-    class_weights: list = setting("the weight of each class in the loss", type=positive_number, nargs="+", metavar="W")
+    class_weights: list = setting("the weight of each class in the loss", type=number_above_0, nargs="+", metavar="W")
     amp: str = setting("mixed precision", "none", choices=tuple(AMP))
     compile: bool = setting("torch.compile the model", False)
     deterministic: bool = setting("ask torch for deterministic kernels, which are slower on a GPU", False)
     cache: str = setting("a folder to keep decoded images in, for faster reading", free=True, type=absolute)
     workers: int = setting("data-loading workers of each process", 2, free=True, type=whole_number)
-    seed: int = setting("of the weights, the order and the augmentation", 0, type=whole_number)
+    seed: int = setting("of the weights, the order, the augmentation and dropout", 0, type=whole_number)
     # Decided by the preset alone.
     scale: list = setting()
     ratios: list = setting()  # between which the training images' random ratio is drawn
@@ -188,7 +186,7 @@ def option_parser(description, given, **options):
         parser.add_argument(flag(option), help=text, **parsing)
     parser.add_device()
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-rDEPTH-DATASET)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it if there is none")
+    parser.add_argument("--resume", action="store_true", help="continue --out's run, or start one as the options say")
     return parser
 
 

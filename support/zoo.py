@@ -22,8 +22,7 @@ BACKBONES = {
 
 def published():
     """Name -> what zoo.json says of each published model."""
-    models = json.loads((Path(__file__).parent / "zoo.json").read_text())
-    return {model["name"]: model for model in models}
+    return {model["name"]: model for model in json.loads(Path(__file__).with_name("zoo.json").read_text())}
 
 
 def find_file(source):
@@ -39,8 +38,7 @@ def find_file(source):
     else:
         path = file_in_folder(Path(source))
     if not path.is_file():
-        what = "a file, a folder with one in it, a URL, or a name in ZOO.md"
-        raise InputError(f"{path}: there is no such checkpoint; it must be {what}")
+        raise InputError(f"{path}: no such checkpoint; it must be a file, a folder with one, a URL or a name in ZOO.md")
     digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if digits and not (found := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(digits[1]):
         print(f"warning: {path}: its SHA-256 begins with {found[:8]}, not as its name says", file=sys.stderr)

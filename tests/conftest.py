@@ -19,6 +19,14 @@ sys.path.insert(0, str(ROOT))  # the scripts stand beside the folder of tests
 from support import checkpoint, command  # noqa: E402
 from support.settings import MODELS, Settings  # noqa: E402
 
+
+def pytest_configure(config):
+    """Hides a GPU from all tests but those of test_gpu.py: what the others compare is exact on a processor alone, and
+    their several processes need a GPU each."""
+    if not any("test_gpu" in argument for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 

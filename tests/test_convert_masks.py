@@ -128,7 +128,7 @@ def test_jpeg(tmp_path, run_inside, convert):
     assert len([line for line in shown.splitlines() if line[0] != "#"]) < len(np.unique(Image.open("masks/a.jpg")))
     table = "0 background\n255 foreground"
     assert "nor" in convert(table, fails=True)
-    assert "such as in masks/a.jpg: given the class of the nearest value" in convert(table, "--nearest")
+    assert "see masks/a.jpg): given the class of the nearest value" in convert(table, "--nearest")
     assert (converted(tmp_path / "out/a.png") == truth).all()
     assert "does not name" in convert("0,0,1 car\n1,2,3 road", "--nearest", out="new", fails=True)
 

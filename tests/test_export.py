@@ -123,7 +123,7 @@ def test_damage_to_what_was_exported(run):
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):
-    assert refused(tmp_path).startswith(f"{tmp_path}: there is no such checkpoint; it must be a file")
+    assert refused(tmp_path).startswith(f"{tmp_path}: no such checkpoint; it must be a file")
 
 
 # ---------------------------------------------------------------------------------------------------------------- ONNX

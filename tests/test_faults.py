@@ -227,5 +227,6 @@ run_command(train.main)"""
 
 def test_memory_that_is_full_is_named():
     assert "lower --batch-size" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "lower --batch-size" in explain(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert "/dev/shm is full" in explain(RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"))
     assert explain(RuntimeError("another mistake")) is None

@@ -1,7 +1,7 @@
 """A GPU computes what a processor does, several processes on it what one does, and it does so twice.
 
-Skipped where there is no GPU. A command takes seconds to start, so all commands of this file run at once, beside the
-tests; each test waits for its own.
+Run by python -m pytest tests/test_gpu.py; skipped where there is no GPU, and among the other tests. A command takes
+seconds to start, so all commands of this file run at once, beside the tests; each test waits for its own.
 """
 
 import math
@@ -29,7 +29,7 @@ from resnet_d8 import FCN
 from train import training_step
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and pytest tests/test_gpu.py"),
     # What torch's C++ code has to say about the kernels for this GPU is shown, but is no error.
     pytest.mark.filterwarnings("default:(?s).*Triggered internally at:UserWarning"),
 ]

@@ -240,6 +240,6 @@ def test_class_weights(folder, run_inside):
     assert "mIoU" in run_inside(train, *arguments, flag, *weights)
     for given, message in (
         (["1", "2"], "folder has 3 classes; give as many"),
-        (["1", "x", "2"], "invalid positive_number value"),
+        (["1", "x", "2"], "invalid number_above_0 value"),
     ):
         assert message in run_inside(train, *train_arguments(folder, "new", 1)[1:], flag, *given, fails=True)

@@ -22,6 +22,7 @@ from support.command import InputError, explain
 from support.images import FORMATS, read_image, read_label
 from support.layouts import find_images, label_table
 from support.zoo import newest_checkpoint
+from tools import check_data
 
 # ----------------------------------------------------------------------------------------------------------- images
 
@@ -107,14 +108,20 @@ def test_other_formats_are_not_opened(kind, tmp_path):
         picture.save(tmp_path / "a.jpg", kind)
     except (KeyError, OSError, ValueError):
         pytest.skip(f"this Pillow writes no {kind}")
-    with pytest.raises(InputError, match="a.jpg: cannot be read as an image"):
+    with pytest.raises(InputError, match="a.jpg: cannot be read as JPEG, PNG"):
         read_image(tmp_path / "a.jpg")
+
+
+def test_a_synthetic_data_set_has_no_folder(folder, run_inside):
+    for module in (train, check_data):
+        message = run_inside(module, "--dataset", "shapes", "--data-root", folder, fails=True)
+        assert "goes with --dataset folder" in message and str(folder) in message
 
 
 def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     for read in (read_image, lambda path: read_label(path, label_table(range(3)))):
-        with pytest.raises(InputError, match="a.png: cannot be read as an image"):
+        with pytest.raises(InputError, match="a.png: cannot be read as JPEG, PNG"):
             read(tmp_path / "a.png")
 
 

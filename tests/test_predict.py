@@ -75,6 +75,15 @@ def test_nothing_is_overwritten(model, run_inside, tmp_path):
     assert (tmp_path / "one/a_labels.png").read_bytes() != before
 
 
+def test_a_damaged_image_is_found_before_anything_is_written(model, run_inside, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 8)).save(tmp_path / "photos/a.png")
+    (tmp_path / "photos/b.png").write_bytes((tmp_path / "photos/a.png").read_bytes()[:40])
+    message = run_inside(predict, "photos", "--checkpoint", model, fails=True)
+    assert message.startswith("photos/b.png: cannot be read as JPEG, PNG")
+    assert not (tmp_path / "predictions").exists()
+
+
 def test_predict_does_not_predict_its_predictions(model, run_inside, tmp_path):
     Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
     for _ in range(2):

@@ -141,7 +141,7 @@ def test_files_that_are_refused_say_why(tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:100_000])
     with pytest.raises(InputError, match="cannot be read as a checkpoint"):
         checkpoint.read_checkpoint(tmp_path / "cut")
-    with pytest.raises(InputError, match="there is no such checkpoint; it must be a file"):
+    with pytest.raises(InputError, match="no such checkpoint; it must be a file"):
         checkpoint.read_checkpoint("gcnet_r50-d8_512x512_80k_ade")
 
 

@@ -59,11 +59,11 @@ def test_a_link_is_copied_as_the_file(names, tmp_path, run_inside):
 
 def test_the_draw_depends_on_names_and_seed_alone():
     names = [f"scene{i}" for i in range(100)]
-    one = split.draw(names, 0.2, 0.1, 0)
-    assert split.draw(random.sample(names, 100), 0.2, 0.1, 0) == one != split.draw(names, 0.2, 0.1, 1)
+    one = split.assign_splits(names, 0.2, 0.1, 0)
+    assert split.assign_splits(random.sample(names, 100), 0.2, 0.1, 0) == one != split.assign_splits(names, 0.2, 0.1, 1)
     assert [list(one.values()).count(part) for part in ("train", "val", "test")] == [70, 20, 10]
     assert sorted(name for name, part in one.items() if part == "test")[:3] == ["scene17", "scene25", "scene44"]
-    assert list(split.draw(names[:2], 0, 0, 0).values()) == ["val", "train"]
+    assert list(split.assign_splits(names[:2], 0, 0, 0).values()) == ["val", "train"]
 
 
 def test_refusals(names, tmp_path, run_inside, monkeypatch):

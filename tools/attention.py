@@ -16,7 +16,6 @@ import io
 import json
 import textwrap
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -261,7 +260,7 @@ def images_of(args, settings):
     """[(name below OUT, path, function that reads it)] of the images to look at: those given, or a data set's first."""
     if args.images:
         found = find_images(args.images, args.out)
-        return [(name, path, partial(read_image, path)) for name, path in found.items()]
+        return [(name, path, lambda path=path: read_image(path)) for name, path in found.items()]
     data = data_of(settings, args)
     paths = [path for path, _ in data.files[:4]]
     names = [path.relative_to(data.tree) if data.tree else Path(path.name) for path in paths]

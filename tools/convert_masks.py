@@ -126,9 +126,7 @@ def add_unnamed_values(table, path, masks, nearest):
         added[value] = table[min(alike, key=lambda other: math.dist(other, value))]
     if added:
         part = sum(pixels[value] for value in added) / pixels.total()
-        text = (
-            f"{len(added)} values that {path} does not name, {part:.2%} of the pixels, such as in {first[unnamed[0]]}"
-        )
+        text = f"{len(added)} values that {path} does not name ({part:.2%} of the pixels; see {first[unnamed[0]]})"
         print(f"{text}: given the class of the nearest value")
     return table | added
 

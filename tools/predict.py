@@ -52,6 +52,8 @@ def main():
 
     images = find_images(args.images, args.out)
     refuse_existing([path for name in images for path in paths(args.out, name)], args.overwrite)
+    for path in tqdm(images.values(), "checking", leave=False, **BAR):
+        read_image(path)  # a damaged one is found before anything is written
     device = start_process(args.device)
     model, settings = load_model(args.checkpoint or newest_checkpoint(), args.stride)
     model = for_inference(model, device)

@@ -16,10 +16,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.command import BAR, InputError, Parser, run_command, whole_number
-from support.layouts import IMAGE_ENDS, match
+from support.layouts import IMAGE_ENDS, pair_files
 
 
-def draw(names, val, test, seed):
+def assign_splits(names, val, test, seed):
     """{name: split}, the shares rounded to whole images, but at least one to validate on and one to train on."""
     if not (0 <= val < 1 and 0 <= test < 1):
         raise InputError(f"--val {val} --test {test}: each must be a number from 0 to less than 1")
@@ -49,9 +49,9 @@ def main():
         raise InputError(f"{args.out}: already exists; name another folder")
     pairs = {
         image.relative_to(args.images).with_suffix("").as_posix(): (image, mask)
-        for image, mask in match(args.images, IMAGE_ENDS, args.masks, (".png",))
+        for image, mask in pair_files(args.images, IMAGE_ENDS, args.masks, (".png",))
     }
-    splits = draw(pairs, args.val, args.test, args.seed)
+    splits = assign_splits(pairs, args.val, args.test, args.seed)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     # Its folder appears when it is complete: a part of a data set could be mistaken for all of it.
