@@ -177,7 +177,7 @@ def parse_arguments():
     parser.add_argument("checkpoint", nargs="?", help="file, folder, URL or published name (default: newest in runs/)")
     parser.add_argument("--aug", action="store_true", help="multi-scale + flip, instead of one view")
     parser.add_argument("--dataset", choices=PRESETS, help="default: the one that the checkpoint was trained on")
-    parser.add_argument("--data-root", help="the data set's folder (default: the training's, or as train.py's)")
+    parser.add_argument("--data-root", help="the data set's folder (default: the training's, or data/NAME)")
     parser.add_argument("--split", default="val", help="train, val or test (default: val)")
     maps = parser.add_mutually_exclusive_group()
     maps.add_argument("--save", metavar="DIR", help="write the label maps: 8-bit PNG, the class index of each pixel")

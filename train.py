@@ -32,7 +32,7 @@ from support.settings import AMP, parse_arguments
 
 
 def poly_lr(iteration, iters, lr=0.01, min_lr=1e-4, power=0.9):
-    """The learning rate of an iteration in 0..iters-1: polynomial decay from lr to min_lr, if that is less."""
+    """The learning rate of an iteration in 0..iters-1: polynomial decay from lr to min_lr; lr if that is no larger."""
     min_lr = min(min_lr, lr)
     return (lr - min_lr) * (1 - iteration / iters) ** power + min_lr
 

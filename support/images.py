@@ -144,7 +144,7 @@ def resize(image, size, window=None):
     top, left, h, w = window or (0, 0, *size)
     # F.interpolate's kernel for uint8 starts at the first pixel; with scales given it may stop where the window ends.
     bottom, right = max(top + h, 2), max(left + w, 2)  # a result of one pixel is wrong on some processors
-    asked = [bottom + (bottom == image.shape[0]), right + (right == image.shape[1])]  # else the image would be copied
+    asked = [bottom + (bottom == image.shape[0]), right + (right == image.shape[1])]  # an equal size is only copied
     scales = size[0] / image.shape[0], size[1] / image.shape[1]
     out = torch.ops.aten.upsample_bilinear2d(image.permute(2, 0, 1)[None], asked, False, *scales)
     return out[0, :, top : top + h, left : left + w].permute(1, 2, 0)
